@@ -1,0 +1,1 @@
+"""The mechanism: export, the compile loop, verification, the speed gate, reports."""

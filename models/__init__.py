@@ -1,0 +1,1 @@
+"""Builders of models used by tests, benchmarks, examples and the demo."""

@@ -1,0 +1,72 @@
+"""onnxlathe: a compiler for ONNX models.
+
+The public names are re-exported lazily, so that ``import onnxlathe`` costs nothing and never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module that defines it, relative to this package
+_EXPORTS = {
+    "export": ".compiler.export",
+    "export_causal_lm": ".compiler.export_lm",
+    "compile": ".compiler.pipeline",
+    "Compiled": ".compiler.pipeline",
+    "load": ".runtime.artifact",
+    "Session": ".runtime.session",
+    "Report": ".compiler.report",
+    "PassRecord": ".compiler.report",
+    "Pass": ".compiler.base",
+    "PassContext": ".compiler.base",
+    "Outcome": ".compiler.base",
+    "Refusal": ".compiler.base",
+    "Claim": ".compiler.base",
+    "LatheError": ".runtime.errors",
+    "ExportError": ".runtime.errors",
+    "ModelError": ".runtime.errors",
+    "PassError": ".runtime.errors",
+    "VerifyError": ".runtime.errors",
+    "PlanError": ".runtime.errors",
+    "RuntimeUnavailable": ".runtime.errors",
+}
+_SUBPACKAGES = ("passes", "models", "runtime", "compiler")
+
+__all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from . import compiler, models, passes, runtime
+    from .compiler.base import Claim, Outcome, Pass, PassContext, Refusal
+    from .compiler.export import export
+    from .compiler.export_lm import export_causal_lm
+    from .compiler.pipeline import Compiled, compile
+    from .compiler.report import PassRecord, Report
+    from .runtime.artifact import load
+    from .runtime.errors import (
+        ExportError,
+        LatheError,
+        ModelError,
+        PassError,
+        PlanError,
+        RuntimeUnavailable,
+        VerifyError,
+    )
+    from .runtime.session import Session
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name], __name__), name)
+    elif name in _SUBPACKAGES:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'onnxlathe' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

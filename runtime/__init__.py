@@ -1,0 +1,1 @@
+"""Execution: sessions on a device, the artifact format, timing, kernel costs."""
