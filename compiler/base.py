@@ -101,11 +101,15 @@ class Pass(abc.ABC):
         name: the name used in reports, presets and on the command line (kebab-case).
         claims: what is promised about the numbers.
         tolerance: largest relative error allowed when ``claims`` is EXACT.
+        gated: whether the speed gate judges this pass; False for what can only take work away.
+        changes_signature: whether changing inputs or outputs is this pass's declared job.
     """
 
     name: ClassVar[str]
     claims: ClassVar[Claim] = Claim.EXACT
     tolerance: ClassVar[float] = 1e-5
+    gated: ClassVar[bool] = True
+    changes_signature: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:

@@ -3,6 +3,7 @@
 The public names are re-exported lazily, so that ``import onnxlathe`` costs nothing and never imports torch.
 """
 
+# pyright: reportUnusedImport=false
 from __future__ import annotations
 
 from importlib import import_module
@@ -14,7 +15,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "export": ".compiler.export",
     "export_causal_lm": ".compiler.export_lm",
-    "compile": ".compiler.pipeline",
+    "compile": ".api",
     "Compiled": ".compiler.pipeline",
     "load": ".runtime.artifact",
     "Session": ".runtime.session",
@@ -39,10 +40,11 @@ __all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES]  # pyright: ignore[reportUns
 
 if TYPE_CHECKING:
     from . import compiler, models, passes, runtime
+    from .api import compile
     from .compiler.base import Claim, Outcome, Pass, PassContext, Refusal
     from .compiler.export import export
     from .compiler.export_lm import export_causal_lm
-    from .compiler.pipeline import Compiled, compile
+    from .compiler.pipeline import Compiled
     from .compiler.report import PassRecord, Report
     from .runtime.artifact import load
     from .runtime.errors import (

@@ -1,0 +1,55 @@
+"""Takes a model from wherever it comes: a path, a ModelProto, an ``onnx_ir.Model``; brings it into one shape."""
+
+from __future__ import annotations
+
+import os
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ..runtime.artifact import load
+from ..runtime.errors import ModelError
+from .graph import opset
+
+OLDEST_OPSET, NEWEST_OPSET = 7, 26
+
+
+def load_model(source: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> ir.Model:
+    """Reads ``source`` and normalizes a clone of it: functions inlined, constants as initializers, shapes inferred.
+
+    Args:
+        source: a model; it is never changed.
+
+    Raises:
+        ModelError: not ONNX, or an opset this compiler does not know.
+    """
+    if isinstance(source, ir.Model):
+        model = source.clone()
+    elif isinstance(source, onnx.ModelProto):
+        model = ir.from_proto(source)
+    else:
+        model = load(source)
+    version = opset(model)
+    if version and not OLDEST_OPSET <= version <= NEWEST_OPSET:
+        raise ModelError(
+            f"The model uses opset {version}; supported are {OLDEST_OPSET} to {NEWEST_OPSET}.",
+            "Convert it with onnx.version_converter, or export it again with another opset.",
+        )
+    _drop_overridable(model)
+    if model.functions:
+        common.InlinePass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.NameFixPass()(model)
+    return model
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fills in missing types and shapes where ``onnx.shape_inference`` knows them; never fails."""
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+
+
+def _drop_overridable(model: ir.Model) -> None:
+    """Old exporters (IR < 4) list every initializer among the inputs; that is no wish to override them."""
+    if model.ir_version < 4:
+        common.RemoveInitializersFromInputsPass()(model)

@@ -1,0 +1,212 @@
+"""The one loop: run each pass on a clone, check it, measure it, record it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from ..runtime.artifact import REPORT_KEY, VERSION_KEY, config_metadata, save
+from ..runtime.errors import LatheError, PassError, VerifyError
+from ..runtime.session import Session
+from . import verify
+from .base import Claim, Feeds, Outcome, Pass, PassContext
+from .gate import measure_speed
+from .graph import count_ops, weight_bytes
+from .report import PassRecord, Report
+
+OnError = Literal["raise", "skip"]
+
+
+@dataclasses.dataclass
+class Compiled:
+    """A compiled model.
+
+    Attributes:
+        model: the rewritten graph.
+        report: what was done.
+        ort_config: session options the graph wants; saved with it and applied by ``Session``.
+    """
+
+    model: ir.Model
+    report: Report
+    ort_config: dict[str, Any]
+
+    def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
+        """Writes the artifact: one ``.onnx`` below 2 GB, weights in ``<name>.data`` beside it above."""
+        metadata = {
+            VERSION_KEY: self.report.environment.get("onnxlathe", ""),
+            REPORT_KEY: json.dumps(self.report.to_dict()),
+            **config_metadata(self.ort_config),
+        }
+        return save(self.model, path, metadata=metadata, external_data=external_data)
+
+    def session(self, device: str = "cpu", threads: int = 0) -> Session:
+        """Opens the compiled model without saving it."""
+        return Session(self.model, device=device, threads=threads, ort_config=self.ort_config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the loop judges passes.
+
+    Attributes:
+        samples: feeds for the numeric comparison; empty: numbers are not compared (and the report says so).
+        timed: feeds for the speed gate; empty: no gate.
+        tolerance: largest relative error of EXACT passes; None takes each pass's own.
+        on_error: ``"raise"`` stops at a failing pass, ``"skip"`` leaves it out and says so.
+    """
+
+    samples: Sequence[Feeds] = ()
+    timed: Sequence[Feeds] = ()
+    tolerance: float | None = None
+    on_error: OnError = "raise"
+
+
+@dataclasses.dataclass
+class _State:
+    """The last accepted graph with its results and session options."""
+
+    model: ir.Model
+    results: verify.Results
+    config: dict[str, Any]
+
+
+def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, settings: Settings) -> Compiled:
+    """Runs ``passes`` in order over a clone of ``model``.
+
+    After each pass that changed something: the structure and the signature are checked, outputs are compared with the
+    step before (ORT optimizations off on both sides), and with ``settings.timed`` the speed is measured; what is slower
+    beyond the noise is dropped.
+
+    Raises:
+        PassError: a pass raised, or broke the graph (``on_error="raise"``).
+        VerifyError: an EXACT pass changed the numbers beyond the tolerance (``on_error="raise"``).
+    """
+    report = Report(ops_before=dict(count_ops(model)), weight_bytes=(weight_bytes(model), 0), device=context.device)
+    verify.check_structure(model)
+    context.progress("running the original")
+    original = _State(model, verify.run_reference(model, settings.samples) if settings.samples else [], {})
+    state = dataclasses.replace(original, model=model.clone())
+    for step in passes:
+        context.progress(step.name)
+        record = PassRecord(step.name, options=_options(step))
+        report.passes.append(record)
+        try:
+            state = _run_one(step, state, context, settings, record)
+        except LatheError as error:
+            if settings.on_error == "raise":
+                raise
+            record.status = "failed"
+            record.notes.append(f"left out: {error}")
+    report.ops_after = dict(count_ops(state.model))
+    report.weight_bytes = (report.weight_bytes[0], weight_bytes(state.model))
+    if settings.samples:
+        report.error, _ = verify.compare(original.results, state.results)
+    if settings.timed:
+        context.progress("measuring the result")
+        report.speed = _speed(original, state, context, settings)
+    return Compiled(state.model, report, state.config)
+
+
+def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings, record: PassRecord) -> _State:
+    """Runs one pass; returns the state after it, or ``state`` itself where nothing was kept."""
+    candidate = state.model.clone()
+    record.nodes = (_size(state.model), _size(state.model))
+    record.weight_bytes = (weight_bytes(state.model),) * 2
+    start = time.perf_counter()
+    try:
+        outcome = step(candidate, context)
+    except LatheError:
+        raise
+    except Exception as error:
+        raise PassError(
+            f"The pass {step.name} failed: {type(error).__name__}: {error}.",
+            "Leave it out (on_error='skip'), and please report it with the model.",
+        ) from error
+    record.seconds = time.perf_counter() - start
+    record.notes += outcome.notes
+    record.refusals = outcome.refusals
+    if not outcome.changed:
+        return state
+    record.counts = dict(outcome.counts)
+    config = _merge(state.config, outcome.ort_config)
+    results = _check(step, state, candidate, settings, record)
+    new = _State(candidate, results, config)
+    if settings.timed and step.gated:
+        record.speed = _speed(state, new, context, settings)
+        if record.speed.ratio < 1 - record.speed.noise:
+            record.status = "dropped"
+            record.notes.append(f"slower here ({record.speed.ratio:.2f} x), so it was left out")
+            return state
+    record.status = "applied"
+    record.nodes = (record.nodes[0], _size(candidate))
+    record.weight_bytes = (record.weight_bytes[0], weight_bytes(candidate))
+    return new
+
+
+def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, record: PassRecord) -> verify.Results:
+    """Structure, signature and numbers of ``candidate`` against the state before."""
+    try:
+        verify.check_structure(candidate)
+        if not step.changes_signature:
+            verify.Signature.of(state.model).check_kept(verify.Signature.of(candidate))
+    except VerifyError as error:
+        raise PassError(f"The pass {step.name} left a malformed graph: {error}", "Please report it.") from error
+    if not settings.samples:
+        return []
+    results = verify.run_reference(candidate, settings.samples)
+    record.error, output = verify.compare(state.results, results)
+    tolerance = settings.tolerance if settings.tolerance is not None else step.tolerance
+    if step.claims is Claim.EXACT and record.error > tolerance:
+        found = verify.first_difference(state.model, candidate, settings.samples, tolerance)
+        where = f"; it starts at {found[0]} (error {found[1]:.1e})" if found else ""
+        raise VerifyError(
+            f"The pass {step.name} changed the output {output!r} by {record.error:.1e} "
+            f"(allowed {tolerance:.0e}){where}.",
+            "Leave it out (on_error='skip') or, if the change is acceptable, raise tolerance.",
+        )
+    return results
+
+
+def _speed(before: _State, after: _State, context: PassContext, settings: Settings) -> Any:
+    return measure_speed(
+        before.model,
+        after.model,
+        settings.timed,
+        device=context.device,
+        threads=context.threads,
+        config_before=before.config,
+        config_after=after.config,
+    )
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Session options of two passes together; lists of disabled optimizers are united."""
+    merged = {**old, **new}
+    entries = {**old.get("config_entries", {}), **new.get("config_entries", {})}
+    key = "optimization.disable_specified_optimizers"
+    names = [config.get("config_entries", {}).get(key, "") for config in (old, new)]
+    united = list(dict.fromkeys(name for text in names for name in text.split(";") if name))
+    if united:
+        entries[key] = ";".join(united)
+    if entries:
+        merged["config_entries"] = entries
+    return merged
+
+
+def _size(model: ir.Model) -> int:
+    return sum(graph.num_nodes() for graph in model.graphs())
+
+
+def _options(step: Pass) -> str:
+    return ", ".join(f"{field.name}={getattr(step, field.name)!r}" for field in dataclasses.fields(step))
+
+
+__all__ = ["Compiled", "Outcome", "Settings", "run_pipeline"]

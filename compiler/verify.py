@@ -1,0 +1,203 @@
+"""Checks around passes: is the graph well formed, does it compute the same, and where does it start to differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ..runtime.errors import ModelError, VerifyError
+from ..runtime.inference import open_session, run_session, session_options, weights_outside
+from ..runtime.providers import Device
+from .graph import subgraphs
+
+Array = np.ndarray[Any, Any]
+Results = list[dict[str, Array]]
+_MAX_PROBES = 400
+
+
+def check_structure(model: ir.Model) -> None:
+    """The cheap rules that hold after every pass, linear in the size of the graph.
+
+    1. Every value read is an input, an initializer, or made earlier (in this graph or an enclosing one).
+    2. Names are present and made only once per scope.
+    3. Every graph output is made by something; every initializer has data.
+    4. Every operator's domain is imported.
+
+    Raises:
+        VerifyError: the rule broken, and the node or value that breaks it.
+    """
+    _check_graph(model.graph, set(), set(model.opset_imports) | {function[0] for function in model.functions})
+
+
+def _check_graph(graph: ir.Graph, outer: set[ir.Value], domains: set[str]) -> None:
+    known = set(outer)
+    names: set[str] = set()
+
+    def define(values: Iterable[ir.Value], where: str) -> None:
+        for value in values:
+            if not value.name:
+                raise VerifyError(f"A value made by {where} has no name.")
+            if value.name in names:
+                raise VerifyError(f"The name {value.name!r} is made twice, the second time by {where}.")
+            names.add(value.name)
+            known.add(value)
+
+    define(graph.inputs, "the graph inputs")
+    define((value for value in graph.initializers.values() if value not in known), "the initializers")
+    for value in graph.initializers.values():
+        if value.const_value is None:
+            raise VerifyError(f"The initializer {value.name!r} has no data.")
+    for node in graph:
+        _check_node(node, known, domains)
+        for body in subgraphs(node):
+            _check_graph(body, known, domains)
+        define((value for value in node.outputs if value.name), f"node {node.name!r}")
+    for value in graph.outputs:
+        if value not in known:
+            raise VerifyError(f"Nothing makes the graph output {value.name!r}.")
+
+
+def _check_node(node: ir.Node, known: set[ir.Value], domains: set[str]) -> None:
+    for value in node.inputs:
+        if value is not None and value not in known:
+            raise VerifyError(f"Node {node.name!r} ({node.op_type}) reads {value.name!r} before anything makes it.")
+    if node.domain not in domains and not (node.domain == "ai.onnx" and "" in domains):
+        raise VerifyError(f"Node {node.name!r} uses the domain {node.domain!r}, which the model does not import.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Names, element types and ranks of the inputs and outputs; passes must not change it."""
+
+    inputs: tuple[tuple[str, str, int | None], ...]
+    outputs: tuple[tuple[str, str, int | None], ...]
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Signature:
+        """The signature of ``model``."""
+
+        def describe(values: Sequence[ir.Value]) -> tuple[tuple[str, str, int | None], ...]:
+            return tuple(
+                (value.name or "", str(value.dtype), None if value.shape is None else len(value.shape))
+                for value in values
+            )
+
+        return cls(describe(model.graph.inputs), describe(model.graph.outputs))
+
+    def check_kept(self, after: Signature) -> None:
+        """Raises VerifyError if ``after`` has other inputs or outputs (a rank that became known is fine)."""
+        for kind, old, new in (("inputs", self.inputs, after.inputs), ("outputs", self.outputs, after.outputs)):
+            same = len(old) == len(new) and all(
+                a[:2] == b[:2] and (a[2] is None or b[2] is None or a[2] == b[2]) for a, b in zip(old, new, strict=True)
+            )
+            if not same:
+                raise VerifyError(f"The {kind} changed from {old} to {new}.")
+
+
+def check_model(model: ir.Model) -> None:
+    """Full ``onnx.checker`` run on the graph without its large weights, so that size does not matter.
+
+    Contrib operators (``com.microsoft``) are unknown to the checker and are checked by ONNX Runtime instead.
+
+    Raises:
+        ModelError: what the checker says.
+    """
+    with weights_outside(model):
+        proto = ir.to_proto(model)
+    # The checker wants external data on disk; the placeholders have none, so it sees inputs of the same type instead.
+    placeholders = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    kept = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    known = {value.name for value in proto.graph.input}
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    for tensor in placeholders:
+        if tensor.name not in known:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(
+            f"The model is not valid ONNX: {str(error).strip().splitlines()[0]}",
+            "Re-export it, or check it with onnx.checker.check_model.",
+        ) from error
+
+
+def run_reference(model: ir.Model, feeds: Sequence[Mapping[str, Array]], device: Device = "cpu") -> Results:
+    """Runs ``model`` on every sample with ORT's own optimizations and weight repacking off."""
+    options = session_options(optimize=False)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = open_session(model, options, device)
+    return [run_session(session, sample) for sample in feeds]
+
+
+def relative_error(reference: Array, got: Array) -> float:
+    """``max |reference - got| / max |reference|`` over finite elements; infinite if shapes, NaNs or infinities differ.
+
+    Integer, bool and string outputs must be equal: the error is 0 or infinite.
+    """
+    if reference.shape != got.shape or reference.dtype != got.dtype:
+        return float("inf")
+    if reference.size == 0:
+        return 0.0
+    if reference.dtype.kind not in "fc":
+        return 0.0 if np.array_equal(reference, got) else float("inf")
+    a, b = reference.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    difference = float(np.abs(a - b).max(initial=0.0))
+    return difference / max(float(np.abs(a).max(initial=0.0)), 1e-30) if difference else 0.0
+
+
+def compare(reference: Results, got: Results) -> tuple[float, str]:
+    """The largest relative error over all samples and outputs, and the output that has it."""
+    worst, name = 0.0, ""
+    for before, after in zip(reference, got, strict=True):
+        for output in before:
+            error = relative_error(before[output], after[output])
+            if error > worst:
+                worst, name = error, output
+    return worst, name
+
+
+def first_difference(
+    before: ir.Model, after: ir.Model, feeds: Sequence[Mapping[str, Array]], tolerance: float
+) -> tuple[str, float] | None:
+    """Finds where two versions of a model start to differ.
+
+    Values that both graphs have under the same name are exposed as outputs of both; the first one in the order of
+    ``after`` that differs beyond ``tolerance`` is returned as ``(node, error)``, or None if none does.
+    """
+    made_before = {value.name: value for node in before.graph for value in node.outputs if value.name}
+    common = [
+        (value.name or "", node)
+        for node in after.graph
+        for value in node.outputs
+        if value.name in made_before and value.dtype is not None and made_before[value.name].dtype == value.dtype
+    ]
+    step = max(1, len(common) // _MAX_PROBES)
+    probes = common[::step]
+    names = [name for name, _ in probes]
+    left, right = _expose(before, names), _expose(after, names)
+    results = zip(run_reference(left, feeds[:1]), run_reference(right, feeds[:1]), strict=True)
+    for old, new in results:
+        for name, node in probes:
+            error = relative_error(old[name], new[name])
+            if error > tolerance:
+                return f"{node.name} ({node.op_type}), value {name}", error
+    return None
+
+
+def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of ``model`` whose outputs include the values called ``names``."""
+    copy = model.clone()
+    made = {value.name: value for node in copy.graph for value in node.outputs}
+    have = {value.name for value in copy.graph.outputs}
+    copy.graph.outputs.extend(made[name] for name in names if name not in have)
+    return copy

@@ -1,0 +1,136 @@
+"""``lathe.compile``: resolves what the user gave (model, pass names, samples) and runs the pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from rich.console import Console
+
+from .compiler.base import Pass, PassContext, no_progress
+from .compiler.load import infer_shapes, load_model
+from .compiler.pipeline import Compiled, OnError, Settings, run_pipeline
+from .compiler.verify import check_model
+from .passes.presets import resolve_passes
+from .runtime.capabilities import KernelCosts
+from .runtime.environment import environment
+from .runtime.errors import ModelError
+from .runtime.feeds import check_feeds, load_feeds, make_feeds
+from .runtime.providers import resolve_device
+
+if TYPE_CHECKING:
+    import torch
+
+Samples = Iterable[Mapping[str, np.ndarray[Any, Any]]] | str | os.PathLike[str]
+
+# What the gate measures when no samples are given: one typical request, not the tiny shapes of the numeric check.
+_TIMED_SIZES = {"batch": 1, "sequence": 128}
+
+
+def compile(
+    model: ir.Model | onnx.ModelProto | str | os.PathLike[str] | torch.nn.Module,
+    passes: str | Sequence[str | Pass] = "basic",
+    *,
+    args: tuple[Any, ...] | None = None,
+    target: str = "cpu",
+    threads: int = 0,
+    calibration: Samples | None = None,
+    tolerance: float | None = None,
+    speed_gate: bool | None = None,
+    verify: bool = True,
+    on_error: OnError = "raise",
+    seed: int = 0,
+    progress: bool = True,
+) -> Compiled:
+    """Compiles a model.
+
+    Args:
+        model: an ``onnx_ir.Model``, a ``ModelProto``, a path, or a ``torch.nn.Module`` with its ``args``. Not changed.
+        passes: a preset's name, or pass names and pass values in order.
+        args: example inputs, for a torch module.
+        target: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        threads: intra-op threads of the target, 0 for ONNX Runtime's default.
+        calibration: samples for the checks, the gate and calibrating passes; None: made from the input types.
+        tolerance: largest relative error of passes that claim equivalence; None: each pass's own (1e-5).
+        speed_gate: measure each pass on the target and drop what is slower; None: as the preset says.
+        verify: compare the numbers after each pass.
+        on_error: ``"raise"``, or ``"skip"`` to leave a failing pass out and say so in the report.
+        seed: seed of the samples and of passes that draw random numbers.
+        progress: show what is being done on a terminal.
+
+    Raises:
+        ModelError: the model or the samples cannot be used.
+        PassError: an unknown pass or option, or a pass that failed.
+        VerifyError: a pass changed the numbers beyond the tolerance.
+        RuntimeUnavailable: the target is not there.
+    """
+    device = resolve_device(target)
+    steps, preset_gate = resolve_passes(passes)
+    graph = _to_graph(model, args)
+    with _progress(progress) as sink:
+        sink("checking the model")
+        check_model(graph)
+        infer_shapes(graph)
+        samples = _samples(graph, calibration, seed)
+        gate = preset_gate if speed_gate is None else speed_gate
+        timed = (samples[:2] if calibration is not None else make_feeds(graph, seed, 1, _TIMED_SIZES)) if gate else []
+        context = PassContext(
+            device=device,
+            threads=threads,
+            feeds=samples if calibration is not None else (),
+            seed=seed,
+            progress=sink,
+            costs=KernelCosts.of_machine(device, threads, progress=sink),
+        )
+        settings = Settings(samples[:2] if verify else [], timed, tolerance, on_error)
+        compiled = run_pipeline(graph, steps, context, settings)
+        sink("checking the result")
+        check_model(compiled.model)
+    compiled.report = dataclasses.replace(
+        compiled.report,
+        source=str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__,
+        environment=environment(threads),
+    )
+    return compiled
+
+
+def _to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
+    if isinstance(model, (ir.Model, onnx.ModelProto, str, os.PathLike)):
+        return load_model(model)
+    if hasattr(model, "state_dict") and hasattr(model, "forward"):
+        if args is None:
+            raise ModelError("A torch module needs example inputs.", "Give compile(module, args=(...)).")
+        from .compiler.export import export
+
+        return load_model(export(model, args))
+    raise ModelError(
+        f"Cannot compile a {type(model).__name__}.", "Give a path, a ModelProto, an onnx_ir.Model or a torch module."
+    )
+
+
+def _samples(graph: ir.Model, calibration: Samples | None, seed: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+    if calibration is None:
+        return make_feeds(graph, seed)
+    samples = load_feeds(calibration)
+    if not samples:
+        raise ModelError("No samples were given.", "Give at least one, or leave calibration out.")
+    for number, sample in enumerate(samples):
+        check_feeds(graph.graph.inputs, sample, f"sample {number}")
+    return samples
+
+
+@contextlib.contextmanager
+def _progress(wanted: bool) -> Generator[Callable[[str], None]]:
+    """A sink that shows the current step on stderr, if that is a terminal."""
+    if not wanted or not sys.stderr.isatty():
+        yield no_progress
+        return
+    with Console(stderr=True).status("compiling") as status:
+        yield lambda message: status.update(f"onnxlathe: {message}")

@@ -1,0 +1,75 @@
+"""Presets: named pipelines, readable top to bottom; and how names become passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..compiler.base import Pass
+from ..runtime.errors import PassError
+from . import PASSES
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named pipeline.
+
+    Attributes:
+        description: what it is for.
+        passes: pass names in order.
+        speed_gate: whether each pass is measured on the target and dropped if slower, unless the user says otherwise.
+    """
+
+    description: str
+    passes: tuple[str, ...]
+    speed_gate: bool
+
+
+_CLEAN = ("cleanup", "fold-constants", "cleanup")
+_FUSE = ("fuse-gelu", "fuse-normalization", "fuse-linear", "fuse-attention", "fuse-qkv", "split-skip-normalization")
+
+PRESETS: dict[str, Preset] = {
+    "basic": Preset("Same operators, less of them: dead, duplicate and constant work removed.", _CLEAN, False),
+    "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", (*_CLEAN, *_FUSE, "cleanup"), True),
+}
+
+
+def make_pass(name: str, **options: object) -> Pass:
+    """The pass called ``name`` with ``options``.
+
+    Raises:
+        PassError: no such pass, or an option it does not have; the message lists what there is.
+    """
+    if name not in PASSES:
+        raise PassError(f"There is no pass {name!r}.", f"Passes: {', '.join(PASSES)}. Presets: {', '.join(PRESETS)}.")
+    kind = PASSES[name]
+    fields = [field.name for field in dataclasses.fields(kind)]
+    unknown = [option for option in options if option not in fields]
+    if unknown:
+        raise PassError(f"The pass {name!r} has no option {unknown}.", f"Its options: {', '.join(fields) or 'none'}.")
+    try:
+        return kind(**options)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise PassError(f"The pass {name!r} refuses its options: {error}.", "See `onnxlathe passes`.") from error
+
+
+def resolve_passes(passes: str | Sequence[str | Pass]) -> tuple[list[Pass], bool]:
+    """Turns a preset name, or a list of names and pass values, into passes and the speed gate's default.
+
+    Raises:
+        PassError: an unknown name, or something that is no pass.
+    """
+    if isinstance(passes, str):
+        if passes in PRESETS:
+            preset = PRESETS[passes]
+            return [make_pass(name) for name in preset.passes], preset.speed_gate
+        return [make_pass(passes)], False
+    steps: list[Pass] = []
+    for item in passes:
+        if isinstance(item, str):
+            steps += resolve_passes(item)[0]
+        elif isinstance(item, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
+            steps.append(item)
+        else:
+            raise PassError(f"{item!r} is not a pass.", "Give pass names or values such as FuseGelu().")
+    return steps, False

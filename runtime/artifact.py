@@ -1,0 +1,218 @@
+"""The artifact: an ordinary ``.onnx`` file whose metadata carries the report and the session options it wants.
+
+Metadata keys (strings, JSON where structured):
+
+* ``onnxlathe.version``: version that wrote the file.
+* ``onnxlathe.report``: the compile report.
+* ``onnxlathe.ort_config``: ``{"config_entries": {key: value}, "graph_optimization_level": "all"}``, applied by
+  ``lathe.Session``.
+* ``ort_config``: ONNX Runtime's own key. Plain onnxruntime applies it when the environment variable
+  ``ORT_LOAD_CONFIG_FROM_MODEL`` is 1.
+
+One file below 2 GB; above (or when the weights already live in external files) weights go to ``<name>.data`` beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from .errors import ModelError
+
+VERSION_KEY = "onnxlathe.version"
+REPORT_KEY = "onnxlathe.report"
+CONFIG_KEY = "onnxlathe.ort_config"
+ORT_KEY = "ort_config"
+_SINGLE_FILE_LIMIT = 2_000_000_000  # protobuf's limit is 2^31 - 1 bytes, graph included
+_LEVELS = {"disable": 0, "basic": 1, "extended": 2, "all": 99}
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Reads an ONNX file; external weights stay on disk, memory-mapped when used.
+
+    Raises:
+        ModelError: the file is missing, is not ONNX, is truncated, or its external data is missing, too short, or
+            outside the model's folder.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"There is no file {file}.", "Check the path.")
+    if file.stat().st_size == 0:
+        raise ModelError(f"{file} is empty.", "Export or download the model again.")
+    try:
+        model = ir.load(file)
+    except (DecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"{file} is not an ONNX model, or is truncated ({_short(error)}).",
+            "Export or download it again; other formats (.pt, .safetensors, .tflite) must be exported first.",
+        ) from error
+    if not list(model.graph.outputs):
+        raise ModelError(f"{file} is not an ONNX model: its graph has no outputs.", "Export or download it again.")
+    _check_external(model, file)
+    return model
+
+
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    external_data: bool | None = None,
+) -> Path:
+    """Writes ``model`` to ``path``; an existing file is replaced only by a complete new one.
+
+    Args:
+        model: the model; it is not changed.
+        path: the ``.onnx`` file to write.
+        metadata: extra ``metadata_props`` to store.
+        external_data: True puts weights beside the file, False inside; None: inside below 2 GB unless they already
+            are in external files.
+
+    Raises:
+        ModelError: the folder does not exist or cannot be written, or the model is too large for one file.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ModelError(f"The folder {target.parent} does not exist.", "Create it first.")
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if external_data is None:
+        external_data = total >= _SINGLE_FILE_LIMIT or any(isinstance(t, ir.ExternalTensor) for t in tensors)
+    if not external_data and total >= _SINGLE_FILE_LIMIT:
+        raise ModelError(f"{total} bytes of weights do not fit in one file.", "Use external_data=True.")
+    old_data = _data_files(target) if target.exists() else set[Path]()
+    with _stored(model, metadata or {}), tempfile.TemporaryDirectory(dir=target.parent, prefix=".onnxlathe-") as folder:
+        draft = Path(folder) / target.name
+        if external_data:
+            name = f"{target.name}.data"
+            if (target.parent / name).exists():  # never touch data that the present file may still need
+                name = f"{target.name}.{uuid.uuid4().hex[:8]}.data"
+            ir.save(model, draft, external_data=name)
+            if (Path(folder) / name).exists():
+                (Path(folder) / name).replace(target.parent / name)
+        else:
+            name = ""
+            with _in_memory(model):
+                ir.save(model, draft)
+        draft.replace(target)
+    for stale in old_data - {target.parent / name}:
+        if stale.name.startswith(f"{target.name}."):  # ours, and only the replaced file referred to it
+            stale.unlink(missing_ok=True)
+    return target
+
+
+def config_metadata(ort_config: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata entries for session options, in our key and, as far as it can say them, in ONNX Runtime's."""
+    if not ort_config:
+        return {}
+    entries = {CONFIG_KEY: json.dumps(ort_config)}
+    if "graph_optimization_level" in ort_config:
+        level = _LEVELS[ort_config["graph_optimization_level"]]
+        entries[ORT_KEY] = json.dumps({"session_options": {"graph_optimization_level": level}})
+    return entries
+
+
+def read_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The session options stored in an artifact's metadata; empty for a model of others."""
+    return json.loads(metadata.get(CONFIG_KEY, "{}"))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes to a temporary file beside ``path``, then renames it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.close()
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _stored(model: ir.Model, metadata: Mapping[str, str]) -> Generator[None]:
+    before = dict(model.metadata_props)
+    model.metadata_props.update(metadata)
+    try:
+        yield
+    finally:
+        model.metadata_props.clear()
+        model.metadata_props.update(before)
+
+
+@contextlib.contextmanager
+def _in_memory(model: ir.Model) -> Generator[None]:
+    """Replaces external tensors by in-memory ones while saving to a single file."""
+    changed: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor):
+                    changed.append((value, tensor))
+                    value.const_value = ir.external_data.convert_tensors_from_external([tensor])[0]
+        yield
+    finally:
+        for value, tensor in changed:
+            value.const_value = tensor
+
+
+def _check_external(model: ir.Model, file: Path) -> None:
+    root = file.parent.resolve()
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            location = Path(tensor.location)
+            data = (root / location).resolve()
+            if location.is_absolute() or not data.is_relative_to(root):
+                raise ModelError(
+                    f"{file}: the initializer {value.name!r} points outside the model's folder ({tensor.location}).",
+                    "Refused for safety; save the model with its data file beside it.",
+                )
+            if not data.is_file():
+                raise ModelError(
+                    f"{file}: the external data file {tensor.location} of initializer {value.name!r} is missing.",
+                    f"Put it into {root}.",
+                )
+            end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+            if data.stat().st_size < end:
+                raise ModelError(
+                    f"{data} is truncated: initializer {value.name!r} ends at byte {end}, the file has "
+                    f"{data.stat().st_size}.",
+                    "Copy or download it again.",
+                )
+
+
+def _data_files(path: Path) -> set[Path]:
+    """External data files that the ONNX file at ``path`` refers to (empty if it cannot be read)."""
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError):
+        return set()
+    entries = (entry for tensor in proto.graph.initializer for entry in tensor.external_data)
+    return {path.parent / entry.value for entry in entries if entry.key == "location"}
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:120] if text else type(error).__name__

@@ -1,0 +1,197 @@
+"""Sample inputs: read from files, checked against a model, or made from its input types."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .errors import ModelError
+
+Array = np.ndarray[Any, Any]
+Feeds = dict[str, Array]
+
+_DEFAULT_DIM = 16
+_TOTAL = re.compile(r"total|kv_seq|past_sequence_length *\+|past.*\+.*seq", re.IGNORECASE)
+_PAST = re.compile(r"past|cache", re.IGNORECASE)
+
+
+def load_feeds(source: Iterable[Mapping[str, Array]] | str | os.PathLike[str]) -> list[Feeds]:
+    """Reads samples: an iterable of ``{input name: array}``, an ``.npz`` file, or a folder of them.
+
+    Raises:
+        ModelError: the path does not exist, or holds no ``.npz`` file.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return [dict(sample) for sample in source]
+    path = Path(source)
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ModelError(f"No samples found at {path}.", "Give an .npz file (input name -> array) or a folder of them.")
+    samples: list[Feeds] = []
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                samples.append({name: archive[name] for name in archive.files})
+        except (ValueError, OSError) as error:
+            raise ModelError(f"{file} is not a readable .npz file: {error}.", "Write it with numpy.savez.") from error
+    return samples
+
+
+def check_feeds(inputs: Sequence[ir.Value], feeds: Mapping[str, Array], where: str = "the sample") -> None:
+    """Checks names, dtypes, ranks, fixed dims and finiteness of one sample.
+
+    Raises:
+        ModelError: names the input, what it is and what it must be.
+    """
+    expected = {value.name or "": value for value in inputs}
+    missing = [name for name in expected if name not in feeds]
+    extra = [name for name in feeds if name not in expected]
+    if missing or extra:
+        raise ModelError(
+            f"Wrong input names in {where}: missing {missing or 'none'}, unknown {extra or 'none'}.",
+            f"The model's inputs are: {', '.join(map(_describe, inputs))}.",
+        )
+    for name, value in expected.items():
+        array = np.asarray(feeds[name])
+        wanted = value.dtype.numpy() if value.dtype is not None else array.dtype
+        if array.dtype != wanted:
+            raise ModelError(
+                f"Input {name!r} in {where} has dtype {array.dtype}, the model takes {wanted}.",
+                f"Convert it with .astype(numpy.{wanted}).",
+            )
+        shape = value.shape
+        if shape is not None and (
+            len(shape) != array.ndim
+            or any(isinstance(dim, int) and dim != size for dim, size in zip(shape, array.shape, strict=False))
+        ):
+            raise ModelError(
+                f"Input {name!r} in {where} has shape {list(array.shape)}, the model takes {_shape(value)}.",
+                "Reshape it, or export the model with that dimension dynamic.",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array.astype(np.float32)).all():
+            raise ModelError(
+                f"Input {name!r} in {where} holds NaN or infinity.", "Remove or repair that sample before compiling."
+            )
+
+
+def make_feeds(model: ir.Model, seed: int = 0, count: int = 2, sizes: Mapping[str, int] | None = None) -> list[Feeds]:
+    """Makes ``count`` random samples from the input types of ``model``; the same seed gives the same samples.
+
+    Integer inputs stay inside the tables they index, masks are ones (from the second sample on with zeros at the end
+    of the last row, as padding has), position ids count up, a dim name has one size everywhere, and a "total" length
+    is past + new.
+
+    Args:
+        model: the model to feed.
+        seed: random seed.
+        count: number of samples; each has other sizes for its symbolic dims.
+        sizes: sizes of symbolic dims to use instead of the chosen ones.
+
+    Raises:
+        ModelError: an input type this function cannot make (strings, sequences).
+    """
+    rng = np.random.default_rng(seed)
+    limits = _index_limits(model)
+    samples: list[Feeds] = []
+    for number in range(count):
+        bound = _bind_dims(model.graph.inputs, number, dict(sizes or {}))
+        sample: Feeds = {}
+        for value in model.graph.inputs:
+            shape = tuple(_size(dim, bound) for dim in value.shape or ())
+            sample[value.name or ""] = _make(value, shape, rng, limits.get(value.name or ""), padded=number > 0)
+        samples.append(sample)
+    return samples
+
+
+def _make(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator, limit: int | None, padded: bool) -> Array:
+    name = (value.name or "").lower()
+    if value.dtype is None or value.dtype == ir.DataType.STRING:
+        raise ModelError(
+            f"Cannot make sample data for input {value.name!r} of type {value.dtype}.",
+            "Give samples (calibration=...).",
+        )
+    dtype = value.dtype.numpy()
+    if "mask" in name:
+        mask = np.ones(shape, dtype)
+        if padded and mask.ndim == 2 and shape[0] > 1 and shape[1] > 2:
+            mask[-1, -max(1, shape[1] // 4) :] = 0
+        return mask
+    if "position" in name and dtype.kind == "i" and shape:
+        return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
+    if dtype.kind == "b":
+        return rng.integers(0, 2, shape).astype(dtype)
+    if dtype.kind in "iu":
+        return rng.integers(0, limit if limit is not None else 2, shape).astype(dtype)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def _index_limits(model: ir.Model) -> dict[str, int]:
+    """For each integer input that indexes a table (Gather, through casts and reshapes): the table's smallest size."""
+    limits: dict[str, int] = {}
+    for source in model.graph.inputs:
+        todo = [source]
+        seen: set[ir.Value] = set()
+        while todo:
+            value = todo.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            for use in value.uses():
+                node = use.node
+                if node.op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Clip"):
+                    todo.extend(node.outputs[:1])
+                elif node.op_type in ("Gather", "GatherND", "GatherBlockQuantized") and use.idx == 1:
+                    table = node.inputs[0]
+                    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+                    size = table.shape[axis] if table is not None and table.shape is not None else None
+                    if isinstance(size, int):
+                        name = source.name or ""
+                        limits[name] = min(limits.get(name, size), size)
+    return limits
+
+
+def _bind_dims(inputs: Iterable[ir.Value], number: int, bound: dict[str, int]) -> dict[str, int]:
+    """Sizes for the symbolic dims of the inputs; later samples get other sizes.
+
+    ``bound`` may give sizes by dim name, and for the roles ``batch`` (a leading dim) and ``sequence`` (any other).
+    """
+    chosen = dict(bound)
+    totals: list[str] = []
+    past = new = 0
+    for value in inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            name = None if isinstance(dim, int) else dim.value
+            if not name or name in chosen:
+                continue
+            if _TOTAL.search(name):
+                totals.append(name)
+            elif _PAST.search(name):
+                past = chosen[name] = bound.get("past_sequence", 0 if number == 0 else 5)
+            elif axis == 0:
+                chosen[name] = bound.get("batch", 1 + number % 2)
+            else:
+                new = chosen[name] = bound.get("sequence", _DEFAULT_DIM - 5 * (number % 3))
+    new = chosen.get("sequence", new)
+    for name in totals:
+        chosen[name] = past + new
+    return chosen
+
+
+def _size(dim: int | ir.SymbolicDim, bound: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    return bound[dim.value] if dim.value else _DEFAULT_DIM
+
+
+def _shape(value: ir.Value) -> str:
+    return "[" + ", ".join(str(dim) for dim in value.shape or ()) + "]"
+
+
+def _describe(value: ir.Value) -> str:
+    return f"{value.name} {value.dtype} {_shape(value)}"

@@ -1,0 +1,138 @@
+"""Opens raw onnxruntime sessions: from a file, or from an ``onnx_ir.Model`` without copying its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from .errors import ModelError
+from .providers import Device, providers_for
+
+# Smaller tensors stay in the serialized graph, where ORT's shape inference and constant folding read them.
+_INLINE_BYTES = 1024
+_NATIVE = {np.dtype(code) for code in "fdebhilqBHILQ?"}
+
+
+class LatheInferenceSession(ort.InferenceSession):
+    """An ``InferenceSession`` that keeps alive the arrays its initializers point into."""
+
+    def __init__(self, source: str | bytes, options: ort.SessionOptions, device: Device, weights: list[Any]) -> None:
+        self.weights = weights
+        super().__init__(source, options, providers=providers_for(device))
+
+
+def session_options(
+    *, threads: int = 0, optimize: bool = True, ort_config: Mapping[str, Any] | None = None
+) -> ort.SessionOptions:
+    """Session options for a run.
+
+    Args:
+        threads: intra-op threads, 0 for ONNX Runtime's default.
+        optimize: whether ORT may run its own graph optimizations.
+        ort_config: what the artifact asks for: ``{"config_entries": {key: value}}`` and/or
+            ``{"graph_optimization_level": "disable|basic|extended|all"}``.
+    """
+    config: Mapping[str, Any] = ort_config or {}
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    level = config.get("graph_optimization_level", "all") if optimize else "disable"
+    options.graph_optimization_level = {
+        "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }[level]
+    for key, value in config.get("config_entries", {}).items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def open_session(
+    source: ir.Model | str | os.PathLike[str],
+    options: ort.SessionOptions,
+    device: Device = "cpu",
+) -> LatheInferenceSession:
+    """Opens ``source`` in ONNX Runtime.
+
+    Weights of an ``onnx_ir.Model`` are handed over as they lie in memory (or in the memory-mapped file), so models of
+    any size open without a copy and without the 2 GB limit of protobuf.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the model; the message names the reason.
+    """
+    try:
+        if isinstance(source, ir.Model):
+            with weights_outside(source) as (names, values):
+                content = ir.to_proto(source).SerializeToString()
+            if names:
+                options.add_external_initializers(names, values)
+            return LatheInferenceSession(content, options, device, values)
+        return LatheInferenceSession(str(Path(source)), options, device, [])
+    except ModelError:
+        raise
+    except Exception as error:  # ORT's exception classes are not public
+        raise ModelError(f"ONNX Runtime cannot load the model: {_first_line(error)}", _remedy(str(error))) from error
+
+
+def run_session(
+    session: ort.InferenceSession, feeds: Mapping[str, np.ndarray[Any, Any]], outputs: list[str] | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Runs ``session`` and returns its outputs by name."""
+    names = outputs or [output.name for output in session.get_outputs()]
+    try:
+        results: list[Any] = list(session.run(names, dict(feeds)))
+        return dict(zip(names, results, strict=True))
+    except Exception as error:
+        raise ModelError(
+            f"ONNX Runtime failed while running the model: {_first_line(error)}",
+            "Check the input names, shapes and dtypes against `onnxlathe inspect`.",
+        ) from error
+
+
+@contextlib.contextmanager
+def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any]]]:
+    """Swaps large initializers for external placeholders while the graph is serialized, then puts them back."""
+    names: list[str] = []
+    values: list[Any] = []
+    originals: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
+                continue
+            array = tensor.numpy()
+            if array.dtype not in _NATIVE:  # bfloat16, float8, packed int4: numpy has no such type
+                continue
+            names.append(value.name or "")
+            values.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
+            originals.append((value, tensor))
+            value.const_value = ir.ExternalTensor(
+                "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
+            )
+        yield names, values
+    finally:
+        for value, tensor in originals:
+            value.const_value = tensor
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _remedy(text: str) -> str:
+    if "external" in text.lower() and ("not" in text.lower() or "escape" in text.lower()):
+        return "Keep the external data file in the model's folder, under the name the model records."
+    if "NOT_IMPLEMENTED" in text or "Could not find an implementation" in text:
+        return "This operator has no kernel on this device: run `onnxlathe inspect` for its opset and domain."
+    if "opset" in text.lower():
+        return "Convert the model to an opset this onnxruntime supports, or upgrade onnxruntime."
+    return "Check the file with `onnxlathe inspect`."

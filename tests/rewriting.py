@@ -1,0 +1,144 @@
+"""What every test of a pass asserts: same meaning, expected graph, idempotent, also inside a subgraph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxlathe.compiler.base import Outcome, Pass, PassContext
+from onnxlathe.compiler.graph import count_ops
+from onnxlathe.compiler.load import infer_shapes, load_model
+from onnxlathe.compiler.verify import Signature, check_model, check_structure, compare, run_reference
+from onnxlathe.runtime.artifact import load, save
+from onnxlathe.runtime.feeds import make_feeds
+
+
+def from_text(text: str, **initializers: Any) -> ir.Model:
+    """A model from ONNX text (``<ir_version: 10, opset_import: ["" : 20]> graph (float[n, 8] x) => (...) {...}``).
+
+    ``initializers`` are registered by name and need not be declared in the text beyond their use as inputs:
+    list them as graph inputs there, they are turned into initializers here.
+    """
+    model = ir.from_onnx_text(text)
+    for name, array in initializers.items():
+        value = next(value for value in model.graph.inputs if value.name == name)
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(np.asarray(array), name=name)
+        model.graph.register_initializer(value)
+    return load_model(model)
+
+
+def rewrite(
+    step: Pass,
+    model: ir.Model,
+    *,
+    feeds: list[dict[str, np.ndarray]] | None = None,
+    context: PassContext | None = None,
+    tolerance: float | None = None,
+    nested: bool = True,
+) -> tuple[ir.Model, Outcome]:
+    """Runs ``step`` on a clone and asserts what holds for every pass; returns the new model and the outcome.
+
+    Asserted: valid structure, ``onnx.checker``, signature kept, outputs equal within the tolerance with ORT's
+    optimizations off on both sides, truthful ``changed``, a second run changes nothing, and the same rules fire the
+    same number of times when the whole graph lies in a branch of an If.
+    """
+    context = context or PassContext()
+    before = load_model(model)
+    infer_shapes(before)
+    after = before.clone()
+    outcome = step(after, context)
+    check_structure(after)
+    check_model(after)
+    Signature.of(before).check_kept(Signature.of(after))
+    assert outcome.changed == (ir.to_proto(before).graph != ir.to_proto(after).graph), "`changed` is not truthful"
+    samples = feeds if feeds is not None else make_feeds(before, seed=1)
+    error, output = compare(run_reference(before, samples), run_reference(after, samples))
+    allowed = step.tolerance if tolerance is None else tolerance
+    assert error <= allowed, f"{output} differs by {error:.2e}"
+    again = after.clone()
+    second = step(again, context)
+    assert not second.changed, f"a second run changed the graph again: {dict(second.counts)}"
+    if nested:
+        inner = inside_if(before)
+        deep = step(inner.clone(), context)
+        assert Counter(deep.counts) == Counter(outcome.counts), "other counts inside a subgraph"
+        deep_model = inner.clone()
+        step(deep_model, context)
+        check_structure(deep_model)
+        deep_samples = [{**sample, "take": np.array(True)} for sample in samples]
+        error, output = compare(run_reference(inner, deep_samples), run_reference(deep_model, deep_samples))
+        assert error <= allowed, f"{output} differs by {error:.2e} inside a subgraph"
+    return after, outcome
+
+
+def refused(step: Pass, model: ir.Model, reason: str = "", **options: Any) -> Outcome:
+    """Asserts that ``step`` changes nothing in ``model`` and, if given, that a refusal's reason holds ``reason``."""
+    _, outcome = rewrite(step, model, **options)
+    assert not outcome.changed, f"rewritten, but must not be: {dict(outcome.counts)}"
+    if reason:
+        reasons = [refusal.reason for refusal in outcome.refusals]
+        assert any(reason in text for text in reasons), f"no refusal says {reason!r}: {reasons}"
+    return outcome
+
+
+def ops(model: ir.Model) -> dict[str, int]:
+    """Nodes by operator."""
+    return dict(count_ops(model))
+
+
+def inside_if(model: ir.Model) -> ir.Model:
+    """``model`` with its nodes and initializers in the then-branch of an If; the else-branch gives zeros."""
+    outer = model.clone()
+    graph = outer.graph
+    branch_outputs = list(graph.outputs)
+    initializers = list(graph.initializers.values())
+    nodes = list(graph)
+    names = [value.name or "" for value in branch_outputs]
+    graph.outputs.clear()
+    graph.initializers.clear()
+    graph.remove(nodes)
+    then = ir.Graph([], branch_outputs, nodes=nodes, initializers=initializers, name="then")
+    zeros = [_zeros(value) for value in branch_outputs]
+    otherwise = ir.Graph(
+        [],
+        [node.outputs[0] for group in zeros for node in group[-1:]],
+        nodes=[node for group in zeros for node in group],
+        name="else",
+    )
+    take = ir.Value(name="take", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    graph.inputs.append(take)
+    results = [
+        ir.Value(name=f"{name}_if", type=value.type, shape=value.shape)
+        for name, value in zip(names, branch_outputs, strict=True)
+    ]
+    choose = ir.node(
+        "If", [take], attributes={"then_branch": then, "else_branch": otherwise}, outputs=results, name="choose"
+    )
+    graph.append(choose)
+    graph.outputs.extend(results)
+    return outer
+
+
+def with_external_data(model: ir.Model, folder: Path) -> ir.Model:
+    """``model`` saved with its weights in an external file, and loaded back (weights memory-mapped)."""
+    path = folder / "external.onnx"
+    save(model, path, external_data=True)
+    return load(path)
+
+
+def _zeros(value: ir.Value) -> list[ir.Node]:
+    shape = ir.Value(name=f"{value.name}_shape", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None]))
+    rank = len(value.shape) if value.shape is not None else 1
+    tensor = ir.tensor(np.zeros(rank, np.int64), name=f"{value.name}_dims")
+    first = ir.node("Constant", [], attributes={"value": tensor}, outputs=[shape], name=f"{value.name}_dims")
+    fill = ir.tensor(np.zeros(1, value.dtype.numpy() if value.dtype else np.float32))
+    result = ir.Value(name=f"{value.name}_zeros", type=value.type)
+    second = ir.node(
+        "ConstantOfShape", [shape], attributes={"value": fill}, outputs=[result], name=f"{value.name}_zeros"
+    )
+    return [first, second]
