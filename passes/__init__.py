@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from ..compiler.base import Pass
 from .cleanup import Cleanup
+from .fuse_attention import FuseAttention
+from .fuse_qkv import FuseQKV
+from .simplify_shapes import SimplifyShapes
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (Cleanup,)}
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind
+    for kind in (
+        Cleanup,
+        FuseAttention,
+        FuseQKV,
+        SimplifyShapes,
+    )
+}
 
-__all__ = ["PASSES", "Cleanup"]
+__all__ = ["PASSES", "Cleanup", "FuseAttention", "FuseQKV", "SimplifyShapes"]

@@ -25,8 +25,8 @@ class Preset:
     speed_gate: bool
 
 
-_CLEAN = ("cleanup", "fold-constants", "cleanup")
-_FUSE = ("fuse-gelu", "fuse-normalization", "fuse-linear", "fuse-attention", "fuse-qkv", "split-skip-normalization")
+_CLEAN = ("cleanup", "simplify-shapes", "fold-constants", "cleanup")
+_FUSE = ("fuse-gelu", "fuse-normalization", "fuse-attention", "fuse-qkv", "fuse-linear", "split-skip-normalization")
 
 PRESETS: dict[str, Preset] = {
     "basic": Preset("Same operators, less of them: dead, duplicate and constant work removed.", _CLEAN, False),

@@ -108,6 +108,8 @@ def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any]]]:
             tensor = value.const_value
             if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
                 continue
+            if not value.uses() and not value.is_graph_output():  # ORT drops it first and then misses it
+                continue
             array = tensor.numpy()
             if array.dtype not in _NATIVE:  # bfloat16, float8, packed int4: numpy has no such type
                 continue

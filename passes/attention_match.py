@@ -1,0 +1,303 @@
+"""Finds scaled dot-product attention by meaning, anchored at a Softmax; used by ``FuseAttention``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import onnx_ir as ir
+
+from ..compiler.graph import attribute, is_op, only_consumer, producer, scalar
+from .symbolic import ONE, Dims, SymbolicShapes, divide, number
+from .views import follow_view, origins, whole_view
+
+# A fill below this leaves no weight beside any unmasked score, so adding it is the same as writing it.
+_MASKED = -1e9
+
+
+class NotAttention(Exception):
+    """Ends a match; the message is the reason, empty where the Softmax has nothing to do with attention."""
+
+
+@dataclasses.dataclass
+class AttentionMatch:
+    """One attention block ``softmax(scale * Q K^T + masks) V``.
+
+    Attributes:
+        softmax: the anchor.
+        query: [batch, query length, heads * head_dim] before the split into heads; likewise ``key`` and ``value``.
+        heads: number of heads.
+        head_dim: size of one head of Q and K.
+        scale: product of all constant factors on Q, K and the scores.
+        masks: values added to the scores, broadcasting to [batch, heads, query length, key length].
+        fill: ``Where`` that writes a very low number into the scores, or None.
+        guarded: whether NaN probabilities are replaced by 0 (torch's SDPA export).
+        last: the node whose output is [batch, query length, heads * head_dim].
+        nodes: the nodes of the block, without ``last``.
+    """
+
+    softmax: ir.Node
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    heads: int
+    head_dim: int
+    scale: float
+    masks: list[ir.Value]
+    fill: ir.Node | None
+    guarded: bool
+    last: ir.Node
+    nodes: list[ir.Node]
+
+
+def match_attention(softmax: ir.Node, shapes: SymbolicShapes) -> AttentionMatch:
+    """The attention block around ``softmax``.
+
+    Raises:
+        NotAttention: with the reason why it is none that can be fused.
+    """
+    nodes: list[ir.Node] = [softmax]
+    context, guarded = _below(softmax, nodes)
+    scores = _Scores(shapes, nodes)
+    product = scores.walk_up(softmax.inputs[0])
+    dims = shapes.dims(product.outputs[0])
+    if dims is None or len(dims) != 4:
+        raise NotAttention(f"the scores have {'unknown rank' if dims is None else f'rank {len(dims)}'}, not 4")
+    if attribute(softmax, "axis", -1) not in (-1, 3):
+        raise NotAttention(f"softmax runs over axis {attribute(softmax, 'axis', 1)}, not the last")
+    query, heads, head_dim, q_scale = _split_heads(product.inputs[0], shapes, "Q", transposed=False)
+    key, key_heads, _, k_scale = _split_heads(product.inputs[1], shapes, "K", transposed=True)
+    value, value_heads, _, v_scale = _split_heads(context.inputs[1], shapes, "V", transposed=False)
+    if not heads == key_heads == value_heads:
+        raise NotAttention(f"Q, K and V have {heads}, {key_heads} and {value_heads} heads")
+    if v_scale != 1.0:
+        raise NotAttention("V is scaled")
+    lengths, value_dims = shapes.dims(query), shapes.dims(value)
+    value_dim = divide(value_dims[2], number(heads)) if value_dims else None
+    if lengths is None or value_dim is None:
+        raise NotAttention("the shape of the result is unknown")
+    last = _merge_heads(context, (lengths[0], number(heads), lengths[1], value_dim), shapes, nodes)
+    return AttentionMatch(
+        softmax,
+        query,
+        key,
+        value,
+        heads,
+        head_dim,
+        scores.scale * q_scale * k_scale,
+        scores.masks,
+        scores.fill,
+        guarded,
+        last,
+        nodes[:-1],
+    )
+
+
+@dataclasses.dataclass
+class _Scores:
+    """Walks from the Softmax up to ``Q K^T``, collecting what is done to the scores."""
+
+    shapes: SymbolicShapes
+    nodes: list[ir.Node]
+    scale: float = 1.0
+    masks: list[ir.Value] = dataclasses.field(default_factory=lambda: list[ir.Value]())
+    fill: ir.Node | None = None
+
+    def walk_up(self, value: ir.Value | None) -> ir.Node:
+        """The MatMul of Q and K^T."""
+        while True:
+            node = producer(value)
+            if node is None:
+                raise NotAttention("")
+            if only_consumer(node.outputs[0]) is None:
+                raise NotAttention(
+                    f"{node.op_type} {node.name} between Q K^T and the softmax is also used elsewhere"
+                    if _leads_to_product(node.outputs[0])
+                    else ""
+                )
+            self.nodes.append(node)
+            if is_op(node, "MatMul"):
+                return node
+            if is_op(node, "Add"):
+                value = self._mask(node)
+            elif is_op(node, "Mul", "Div"):
+                value = self._factor(node)
+            elif is_op(node, "Where"):
+                value = self._fill(node)
+            else:
+                raise NotAttention(f"the scores come from {node.op_type}, not from a MatMul" if self.masks else "")
+
+    def _mask(self, node: ir.Node) -> ir.Value | None:
+        left, right = node.inputs
+        from_left, from_right = _leads_to_product(left), _leads_to_product(right)
+        if from_left == from_right:
+            raise NotAttention("both operands of Add come from a MatMul: cannot tell scores from bias" if left else "")
+        self._unscaled_so_far()
+        scores, mask = (left, right) if from_left else (right, left)
+        if mask is not None:
+            self.masks.append(mask)
+        return scores
+
+    def _fill(self, node: ir.Node) -> ir.Value | None:
+        for fill, scores in (node.inputs[1:], node.inputs[:0:-1]):
+            low = scalar(fill)
+            if low is None or not _leads_to_product(scores):
+                continue
+            self._unscaled_so_far()
+            if self.masks or self.fill is not None:
+                raise NotAttention("the scores are masked more than once, once by writing a fill")
+            if low > _MASKED:
+                raise NotAttention(f"the fill {low:g} could leave weight on masked positions (<= {_MASKED:g} does not)")
+            self.fill = node
+            return scores
+        raise NotAttention("")
+
+    def _factor(self, node: ir.Node) -> ir.Value | None:
+        factor, other = constant_factor(node, self.shapes)
+        if factor is None:
+            raise NotAttention("the scores are scaled by something that is no constant" if self.masks else "")
+        self.scale *= factor
+        return other
+
+    def _unscaled_so_far(self) -> None:
+        if self.scale != 1.0:
+            raise NotAttention("the scores are scaled after the mask, which scales the mask too")
+
+
+def _below(softmax: ir.Node, nodes: list[ir.Node]) -> tuple[ir.Node, bool]:
+    """From the Softmax down to the MatMul with V; and whether a NaN guard lies between."""
+    probabilities = softmax.outputs[0]
+    users = {use.node for use in probabilities.uses()}
+    guard = next((node for node in users if is_op(node, "IsNaN")), None)
+    if guard is not None and len(users) == 2:
+        where = only_consumer(guard.outputs[0])
+        if where is None or not is_op(where, "Where") or where not in users or scalar(where.inputs[1]) != 0.0:
+            raise NotAttention("")
+        nodes += [guard, where]
+        probabilities = where.outputs[0]
+    node = only_consumer(probabilities)
+    if node is None:
+        in_attention = any(is_op(use.node, "MatMul") for use in probabilities.uses())
+        raise NotAttention("the attention probabilities are also used elsewhere" if in_attention else "")
+    if not is_op(node, "MatMul") or node.inputs[0] is not probabilities:
+        raise NotAttention("")
+    nodes.append(node)
+    return node, guard is not None
+
+
+def _leads_to_product(value: ir.Value | None) -> bool:
+    """Whether ``value`` comes, through scales and masks, from a MatMul of two computed values."""
+    for _ in range(8):
+        node = producer(value, "MatMul", "Mul", "Div", "Add", "Where")
+        if node is None:
+            return False
+        if node.op_type == "MatMul":
+            return not any(item is None or item.is_initializer() for item in node.inputs)
+        if node.op_type == "Add":
+            return _leads_to_product(node.inputs[0]) or _leads_to_product(node.inputs[1])
+        if node.op_type == "Where":
+            value = node.inputs[1] if scalar(node.inputs[2]) is not None else node.inputs[2]
+        else:
+            value = node.inputs[0] if producer(node.inputs[0]) is not None else node.inputs[1]
+    return False
+
+
+def constant_factor(node: ir.Node, shapes: SymbolicShapes) -> tuple[float | None, ir.Value | None]:
+    """For Mul or Div by a number: the factor and the other operand; (None, None) for anything else."""
+    left, right = node.inputs
+    factor = _number(right, shapes)
+    if factor is not None:
+        if is_op(node, "Mul"):
+            return factor, left
+        if is_op(node, "Div") and factor != 0.0:
+            return 1.0 / factor, left
+    elif is_op(node, "Mul") and (factor := _number(left, shapes)) is not None:
+        return factor, right
+    return None, None
+
+
+def _number(value: ir.Value | None, shapes: SymbolicShapes, depth: int = 6) -> float | None:
+    """A scalar that is constant, or computed from static dims (torchscript computes 1/sqrt(head_dim) at run time)."""
+    found = scalar(value)
+    if found is not None or value is None or depth == 0:
+        return found
+    content = shapes.content(value)
+    if content is not None:
+        return float(content[0][0]) if len(content) == 1 and not content[0][1] else None
+    node = producer(value, "Cast", "Sqrt", "Div", "Mul", "Reciprocal", "Identity", "Squeeze", "Unsqueeze", "Reshape")
+    if node is None:
+        return None
+    operands = node.inputs[:2] if node.op_type in ("Div", "Mul") else node.inputs[:1]
+    numbers = [_number(operand, shapes, depth - 1) for operand in operands]
+    known = [found for found in numbers if found is not None]
+    if len(known) != len(numbers):
+        return None
+    if node.op_type in ("Sqrt", "Div", "Reciprocal") and (known[-1] < 0 or (known[-1] == 0 and node.op_type != "Sqrt")):
+        return None
+    if node.op_type == "Sqrt":
+        return math.sqrt(known[0])
+    if node.op_type == "Reciprocal":
+        return 1.0 / known[0]
+    if node.op_type == "Div":
+        return known[0] / known[1]
+    return math.prod(known)
+
+
+def _split_heads(
+    value: ir.Value | None, shapes: SymbolicShapes, role: str, *, transposed: bool
+) -> tuple[ir.Value, int, int, float]:
+    """The [batch, length, heads * head_dim] tensor behind ``value``, heads, head_dim, and the scale on the way."""
+    scale, chain = 1.0, list[ir.Node]()
+    base = value
+    while (node := producer(base, "Reshape", "Transpose", "Mul", "Div")) is not None:
+        if node.op_type in ("Mul", "Div"):
+            factor, other = constant_factor(node, shapes)
+            if factor is None or only_consumer(node.outputs[0]) is None:
+                break
+            scale, base = scale * factor, other
+        else:
+            chain.insert(0, node)
+            base = node.inputs[0]
+    ranks = [shapes.dims(node.inputs[0]) for node in chain]
+    start = next((index for index, dims in enumerate(ranks) if dims is not None and len(dims) == 3), None)
+    dims = ranks[start] if start is not None else None
+    if start is None or dims is None:
+        raise NotAttention(f"{role} does not come from a [batch, length, hidden] tensor by Reshape and Transpose")
+    above_scale = start == 0 and shapes.dims(base) == dims
+    source = base if above_scale else chain[start].inputs[0]
+    view = whole_view(dims)
+    for node in chain[start:]:
+        followed = follow_view(view, node, shapes)
+        if followed is None:
+            raise NotAttention(f"cannot prove what {node.op_type} {node.name} does to {role}")
+        view = followed
+    found = origins(view)
+    outer = [[(axis,)] if dims[axis] != ONE else [] for axis in (0, 1)]
+    head_axis, length_axis, dim_axis = (1, 3, 2) if transposed else (1, 2, 3)
+    if len(view) != 4 or found[0] != outer[0] or found[length_axis] != outer[1] or source is None:
+        raise NotAttention(f"{role} is not split into [batch, heads, length, head_dim]")
+    split = (found[head_axis], found[dim_axis])
+    if split not in (([(2, 0)], [(2, 1)]), ([], [(2,)]), ([(2,)], [])):
+        raise NotAttention(f"the hidden axis of {role} is not split into heads and head_dim")
+    sizes = [view[axis][0][0] if view[axis] else ONE for axis in (head_axis, dim_axis)]
+    if sizes[0][1] or sizes[1][1]:
+        raise NotAttention(f"the number of heads of {role} is not a constant")
+    return source, sizes[0][0], sizes[1][0], scale
+
+
+def _merge_heads(context: ir.Node, dims: Dims, shapes: SymbolicShapes, nodes: list[ir.Node]) -> ir.Node:
+    """The last node of the chain that turns [batch, heads, length, head_dim] into [batch, length, heads * head_dim]."""
+    view = whole_view(dims)
+    batch, heads, length, head_dim = origins(view)
+    node = context
+    while True:
+        following = only_consumer(node.outputs[0])
+        if following is None or not is_op(following, "Reshape", "Transpose"):
+            raise NotAttention("the heads of the result are not merged into [batch, length, hidden]")
+        followed = follow_view(view, following, shapes)
+        if followed is None:
+            raise NotAttention(f"cannot prove what {following.op_type} {following.name} does to the result")
+        view, node = followed, following
+        nodes.append(node)
+        if origins(view) == [batch, length, heads + head_dim]:
+            return node
