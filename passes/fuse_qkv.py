@@ -98,9 +98,7 @@ def _merge(products: list[ir.Node], names: Names, version: int, by: str) -> None
         name=base,
         output=names.fresh(f"{base}_out"),
         dtype=product.dtype,
-        shape=[*(dim if isinstance(dim, int) else dim.value for dim in lead), sum(widths)]
-        if lead is not None
-        else None,
+        shape=[*shape[:-1], sum(widths)] if shape is not None else None,
     )
     sizes = [add_initializer(graph, names, f"{base}.widths", np.array(widths, np.int64))] if version >= 13 else []
     outputs = [
