@@ -7,6 +7,7 @@ from .cleanup import Cleanup
 from .fuse_attention import FuseAttention
 from .fuse_qkv import FuseQKV
 from .simplify_shapes import SimplifyShapes
+from .upgrade_opset import UpgradeOpset
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -15,7 +16,8 @@ PASSES: dict[str, type[Pass]] = {
         FuseAttention,
         FuseQKV,
         SimplifyShapes,
+        UpgradeOpset,
     )
 }
 
-__all__ = ["PASSES", "Cleanup", "FuseAttention", "FuseQKV", "SimplifyShapes"]
+__all__ = ["PASSES", "Cleanup", "FuseAttention", "FuseQKV", "SimplifyShapes", "UpgradeOpset"]

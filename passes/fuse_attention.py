@@ -1,10 +1,10 @@
-"""Scaled dot-product attention, however it is spelled, to ``com.microsoft.MultiHeadAttention``."""
+"""Scaled dot-product attention, however it is spelled, to one fused operator."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -12,30 +12,28 @@ import onnx_ir as ir
 from ..compiler.base import Outcome, Pass, PassContext
 from ..compiler.graph import (
     MICROSOFT,
-    Array,
     Names,
     add_initializer,
-    constant,
     is_op,
     make_node,
-    only_consumer,
     opset,
-    producer,
     remove_dead,
     replace,
     require_domain,
-    scalar,
 )
+from .attention_mask import MaskBuilder, is_finite, is_written_infinity
 from .attention_match import AttentionMatch, NotAttention, match_attention
+from .projections import biased_product
 from .symbolic import SymbolicShapes
 
-_RULE = "softmax(scale * Q K^T + mask) V -> MultiHeadAttention"
-_LOWEST = np.float32(np.finfo(np.float32).min)
+Form = Literal["auto", "Attention", "MultiHeadAttention"]
+_RULE = "softmax(scale * Q K^T + mask) V -> fused attention"
+_STANDARD_OPSET = 23
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseAttention(Pass):
-    """Replaces attention blocks by ``com.microsoft.MultiHeadAttention``.
+    """Replaces attention blocks by ``Attention`` (ONNX, opset 23) or ``com.microsoft.MultiHeadAttention``.
 
     Matched by meaning, anchored at Softmax:
 
@@ -43,204 +41,130 @@ class FuseAttention(Pass):
     2. Any number of masks or biases added to the scores; or ``Where(condition, scores, fill)`` with a fill <= -1e9.
     3. Q, K and V come from [batch, length, heads * head_dim] tensors by any chain of Reshape and Transpose that
        provably means "split heads" (K also transposed), and the result goes back by "merge heads".
-    4. The NaN guard of torch's SDPA export (``Where(IsNaN(p), 0, p)``) is dropped where the mask is provably finite,
-       else moved behind the fused node, where a fully masked row is NaN as a whole.
-    5. Constant projection biases of Q, K and V become the node's own bias input, where all three have one.
+    4. The NaN guard of torch's SDPA export (``Where(IsNaN(p), 0, p)``) is dropped where the mask is provably finite;
+       Attention gives 0 for fully masked rows by itself; else the guard moves behind the fused node, where a fully
+       masked row is NaN as a whole.
+    5. For MultiHeadAttention, constant biases of all three projections become the node's own bias input.
 
     Refused: probabilities or scores used elsewhere, softmax over another axis, unequal heads of Q and K/V (grouped
     heads belong to the decoder fusion), head layouts that cannot be proved.
 
-    Pays on the CPU provider by less data movement (no transposes, no materialized NaN guard) and on CUDA by its
-    flash and memory-efficient kernels. Contract: onnxruntime docs/ContribOperators.md, MultiHeadAttention.
+    Pays on the CPU provider by less data movement: Attention-23 takes about half the time of MultiHeadAttention up to
+    a few hundred tokens (``runtime/capabilities.py`` measures it); on CUDA by flash and memory-efficient kernels.
+    Contracts: ONNX operator Attention-23; onnxruntime docs/ContribOperators.md, MultiHeadAttention.
+
+    Attributes:
+        form: operator to write; ``"auto"`` takes the one measured faster on the target, and MultiHeadAttention where
+            nothing was measured, below opset 23, or where a mask may be minus infinity.
     """
 
     name: ClassVar[str] = "fuse-attention"
+    form: Form = "auto"
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
         anchors = [node for graph in model.graphs() for node in graph if is_op(node, "Softmax")]
         if not anchors:
             return outcome
-        builder = _Builder(model, self.name)
+        builder = _Builder(model, self.name, standard=self._standard(model, context))
         for softmax in anchors:
             try:
-                builder.fuse(match_attention(softmax, builder.shapes))
-                outcome.counts["MultiHeadAttention"] += 1
+                outcome.counts[builder.fuse(match_attention(softmax, builder.shapes))] += 1
             except NotAttention as refusal:
                 if str(refusal):
                     outcome.refuse(softmax, _RULE, str(refusal))
-        if outcome.changed:
+        if outcome.counts["MultiHeadAttention"]:
             require_domain(model, MICROSOFT)
+        outcome.counts = +outcome.counts
+        if outcome.changed:
             remove_dead(model)
         return outcome
 
+    def _standard(self, model: ir.Model, context: PassContext) -> bool:
+        """Whether to write Attention-23 where the mask allows it."""
+        if opset(model) < _STANDARD_OPSET or self.form == "MultiHeadAttention":
+            return False
+        return self.form == "Attention" or bool(context.costs.faster("Attention", "MultiHeadAttention"))
+
 
 class _Builder:
-    """Builds the fused nodes; a mask that had to be adapted is shared by all layers that use it."""
+    """Builds the fused nodes."""
 
-    def __init__(self, model: ir.Model, by: str) -> None:
+    def __init__(self, model: ir.Model, by: str, *, standard: bool) -> None:
         self.shapes = SymbolicShapes(model)
-        self._opset = opset(model)
         self._names = Names(model)
+        self._masks = MaskBuilder(model, self.shapes, self._names)
         self._by = by
-        self._masks: dict[tuple[object, ...], ir.Value] = {}
+        self._standard = standard
 
-    def fuse(self, match: AttentionMatch) -> None:
-        """Replaces one block."""
+    def fuse(self, match: AttentionMatch) -> str:
+        """Replaces one block; returns the operator written."""
         graph = match.last.graph
         if not isinstance(graph, ir.Graph):
             raise NotAttention("the block lies in a model-local function; inline functions first")
-        result = match.last.outputs[0]
-        base = self._names.fresh(f"{match.softmax.name or 'attention'}/MultiHeadAttention")
-        inputs, bias = self._projection_bias(match, graph, base)
+        finite = is_finite(match)
+        standard = self._standard and (finite or (match.guarded and is_written_infinity(match)))
         new: list[ir.Node] = []
-        mask = self._mask(match, graph, new)
-        attributes: dict[str, Any] = {"num_heads": match.heads}
-        if not math.isclose(match.scale, match.head_dim**-0.5, rel_tol=1e-6):
-            attributes["scale"] = match.scale
+        mask = self._masks.bias(match, graph, new, lifted=standard and finite)
+        base = self._names.fresh(f"{match.softmax.name or 'attention'}/attention")
+        new.append(self._attention(match, mask, base) if standard else self._multi_head(match, mask, base, graph))
+        if match.guarded and not finite and not standard:
+            new += self._guard(new[-1].outputs[0], graph)
+        replace(match.last, new, by=self._by, gone=match.nodes)
+        return "Attention" if standard else "MultiHeadAttention"
+
+    def _attention(self, match: AttentionMatch, mask: ir.Value | None, base: str) -> ir.Node:
+        operands = [match.query, match.key, match.value, *([mask] if mask is not None else [])]
+        heads = {"q_num_heads": match.heads, "kv_num_heads": match.heads}
+        return self._node("Attention", operands, match, base, {**heads, **_scale(match)})
+
+    def _multi_head(self, match: AttentionMatch, mask: ir.Value | None, base: str, graph: ir.Graph) -> ir.Node:
+        inputs, bias = self._projection_bias(match, graph, base)
         operands = [*inputs, bias, None, mask]
         while operands[-1] is None:
             operands.pop()
-        fused = make_node(
-            "MultiHeadAttention",
+        attributes = {"num_heads": match.heads, **_scale(match)}
+        return self._node("MultiHeadAttention", operands, match, base, attributes, domain=MICROSOFT)
+
+    def _node(
+        self,
+        op: str,
+        operands: list[Any],
+        match: AttentionMatch,
+        base: str,
+        attributes: dict[str, Any],
+        domain: str = "",
+    ) -> ir.Node:
+        result = match.last.outputs[0]
+        return make_node(
+            op,
             operands,
             name=base,
             output=self._names.fresh(f"{result.name}_attention"),
             like=result,
             attributes=attributes,
-            domain=MICROSOFT,
+            domain=domain,
         )
-        new.append(fused)
-        if match.guarded and not _finite(match):
-            new += self._guard(fused, graph)
-        replace(match.last, new, by=self._by, gone=match.nodes)
 
     def _projection_bias(
         self, match: AttentionMatch, graph: ir.Graph, base: str
     ) -> tuple[list[ir.Value | None], ir.Value | None]:
         """Joins the constant biases of the three projections into one initializer [hidden + hidden + v_hidden]."""
-        sources: list[ir.Value | None] = [match.query, match.key, match.value]
-        found = [_biased_product(value) for value in (match.query, match.key, match.value)]
+        found = [biased_product(value) for value in (match.query, match.key, match.value)]
         pairs = [pair for pair in found if pair is not None]
         if len(pairs) != 3:
-            return sources, None
+            return [match.query, match.key, match.value], None
         joined = np.concatenate([array for _, array in pairs])
         return [product for product, _ in pairs], add_initializer(graph, self._names, f"{base}.bias", joined)
 
-    def _mask(self, match: AttentionMatch, graph: ir.Graph, new: list[ir.Node]) -> ir.Value | None:
-        """One additive bias of shape [1 or batch, 1 or heads, query length, key length], or None."""
-        if match.fill is None and not match.masks:
-            return None
-        query, key = self.shapes.dims(match.query), self.shapes.dims(match.key)
-        lengths = (query[1] if query else match.query, key[1] if key else match.key)
-        parts = tuple(match.fill.inputs) if match.fill is not None else tuple(match.masks)
-        identity = (graph, lengths, parts)
-        if identity not in self._masks:
-            value = self._fill_mask(match.fill, graph, new) if match.fill is not None else match.masks[0]
-            for other in match.masks[1:]:
-                node = self._node("Add", [value, other], "mask_sum", value.dtype)
-                new.append(node)
-                value = node.outputs[0]
-            dims = self.shapes.dims(value)
-            if dims is None or len(dims) != 4 or dims[2:] != lengths:
-                value = self._expand(value, match, graph, new)
-            self._masks[identity] = value
-        return self._masks[identity]
-
-    def _fill_mask(self, where: ir.Node, graph: ir.Graph, new: list[ir.Node]) -> ir.Value:
-        """``Where(condition, scores, fill)`` as an additive mask: 0 where the scores stay, the fill elsewhere."""
-        zero = add_initializer(graph, self._names, "mask_zero", np.array(0.0, np.float32))
-        first = scalar(where.inputs[1])
-        number = first if first is not None else scalar(where.inputs[2])
-        low = add_initializer(
-            graph,
-            self._names,
-            "mask_fill",
-            np.array(-np.inf if number is not None and math.isinf(number) else _LOWEST, np.float32),
-        )
-        branches = [low, zero] if first is not None else [zero, low]
-        node = self._node("Where", [where.inputs[0], *branches], "mask", ir.DataType.FLOAT)
-        new.append(node)
-        return node.outputs[0]
-
-    def _expand(self, value: ir.Value, match: AttentionMatch, graph: ir.Graph, new: list[ir.Node]) -> ir.Value:
-        """Broadcasts a mask to full query and key length, which the kernel demands; batch and heads may stay 1."""
-        ones = add_initializer(graph, self._names, "mask_ones", np.array([1, 1], np.int64))
-        lengths = [self._length(source, graph, new) for source in (match.query, match.key)]
-        target = self._node("Concat", [ones, *lengths], "mask_shape", ir.DataType.INT64, shape=[4], axis=0)
-        expand = self._node("Expand", [value, target.outputs[0]], "mask_expanded", value.dtype)
-        new += [target, expand]
-        return expand.outputs[0]
-
-    def _length(self, source: ir.Value, graph: ir.Graph, new: list[ir.Node]) -> ir.Value:
-        """The length (axis 1) of a [batch, length, hidden] tensor, as a tensor of one element."""
-        if self._opset >= 15:
-            node = self._node("Shape", [source], "length", ir.DataType.INT64, shape=[1], start=1, end=2)
-            new.append(node)
-            return node.outputs[0]
-        one = add_initializer(graph, self._names, "length_axis", np.array([1], np.int64))
-        whole = self._node("Shape", [source], "length_shape", ir.DataType.INT64, shape=[3])
-        node = self._node("Gather", [whole.outputs[0], one], "length", ir.DataType.INT64, shape=[1], axis=0)
-        new += [whole, node]
-        return node.outputs[0]
-
-    def _guard(self, fused: ir.Node, graph: ir.Graph) -> list[ir.Node]:
+    def _guard(self, result: ir.Value, graph: ir.Graph) -> list[ir.Node]:
         zero = add_initializer(graph, self._names, "guard_zero", np.array(0.0, np.float32))
-        result = fused.outputs[0]
-        nan = self._node("IsNaN", [result], "guard_isnan", ir.DataType.BOOL)
-        return [nan, self._node("Where", [nan.outputs[0], zero, result], "guarded", result.dtype)]
-
-    def _node(
-        self,
-        op: str,
-        inputs: list[ir.Value | None],
-        base: str,
-        dtype: ir.DataType | None,
-        shape: list[int | str | None] | None = None,
-        **attributes: int,
-    ) -> ir.Node:
-        name = self._names.fresh(f"attention_{base}")
-        return make_node(
-            op,
-            inputs,
-            name=name,
-            output=self._names.fresh(f"{name}_out"),
-            dtype=dtype,
-            shape=shape,
-            attributes=attributes,
-        )
+        names = [self._names.fresh(f"{result.name}_{word}") for word in ("isnan", "guarded")]
+        nan = make_node("IsNaN", [result], name=names[0], output=names[0], like=result, dtype=ir.DataType.BOOL)
+        where = make_node("Where", [nan.outputs[0], zero, result], name=names[1], output=names[1], like=result)
+        return [nan, where]
 
 
-def _biased_product(value: ir.Value) -> tuple[ir.Value, Array] | None:
-    """For ``MatMul(x, W) + b`` with a constant vector b that only the attention reads: the product and b."""
-    node = producer(value, "Add")
-    if node is None or len({use.node for use in value.uses()}) != 1 or value.is_graph_output():
-        return None
-    for left, right in (node.inputs, node.inputs[::-1]):
-        product = producer(left, "MatMul")
-        bias = constant(right, limit=1 << 16)
-        if product is None or left is None or bias is None or bias.ndim != 1 or only_consumer(left) is not node:
-            continue
-        weight = product.inputs[1]
-        if weight is not None and weight.shape is not None and weight.shape[-1] == bias.size:
-            return left, bias
-    return None
-
-
-def _finite(match: AttentionMatch) -> bool:
-    """Whether no row of the mask can be minus infinity everywhere, so that no probability is NaN."""
-    if match.fill is not None:
-        return all(number is None or math.isfinite(number) for number in map(scalar, match.fill.inputs[1:]))
-    return len(match.masks) <= 1 and all(_finite_value(mask) for mask in match.masks)
-
-
-def _finite_value(value: ir.Value | None) -> bool:
-    node = producer(value)
-    if node is None:
-        array = constant(value, limit=1 << 20)
-        return array is not None and bool(np.isfinite(array).all())
-    if is_op(node, "Where"):
-        return _finite_value(node.inputs[1]) and _finite_value(node.inputs[2])
-    if is_op(node, "Expand", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Transpose", "Slice"):
-        return _finite_value(node.inputs[0])
-    return False
+def _scale(match: AttentionMatch) -> dict[str, float]:
+    """The scale attribute, left out where it is the default 1 / sqrt(head_dim)."""
+    return {} if math.isclose(match.scale, match.head_dim**-0.5, rel_tol=1e-6) else {"scale": match.scale}

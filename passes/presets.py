@@ -30,7 +30,7 @@ _FUSE = ("fuse-gelu", "fuse-normalization", "fuse-attention", "fuse-qkv", "fuse-
 
 PRESETS: dict[str, Preset] = {
     "basic": Preset("Same operators, less of them: dead, duplicate and constant work removed.", _CLEAN, False),
-    "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", (*_CLEAN, *_FUSE, "cleanup"), True),
+    "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),
 }
 
 

@@ -41,7 +41,7 @@ def session_options(
     """
     config: Mapping[str, Any] = ort_config or {}
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # failures reach the user as exceptions, not as log lines
     options.intra_op_num_threads = threads
     level = config.get("graph_optimization_level", "all") if optimize else "disable"
     options.graph_optimization_level = {
