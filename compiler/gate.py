@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.benchmark import interleaved
+from ..runtime.benchmark import interleaved, paired_ratio
 from ..runtime.inference import open_session, session_options
 from ..runtime.providers import Device
 from .report import Speed
@@ -52,8 +52,8 @@ def measure_speed(
     for sample in feeds:
         runs = [functools.partial(session.run, None, dict(sample)) for session in sessions]
         old, new = interleaved(runs, budget=budget)
-        ratios[shape_of(sample)] = old.median / new.median
-        noise = max(noise, old.noise, new.noise)
+        ratios[shape_of(sample)], spread = paired_ratio(old, new)
+        noise = max(noise, spread)
     return Speed(min(ratios.values(), default=1.0), noise, ratios)
 
 

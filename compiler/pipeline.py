@@ -13,7 +13,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ..runtime.artifact import REPORT_KEY, VERSION_KEY, config_metadata, save
-from ..runtime.errors import LatheError, PassError, VerifyError
+from ..runtime.errors import LatheError, ModelError, PassError, VerifyError
 from ..runtime.session import Session
 from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext
@@ -92,7 +92,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     report = Report(ops_before=dict(count_ops(model)), weight_bytes=(weight_bytes(model), 0), device=context.device)
     verify.check_structure(model)
     context.progress("running the original")
-    original = _State(model, verify.run_reference(model, settings.samples) if settings.samples else [], {})
+    original = _State(model, _original_results(model, settings), {})
     state = dataclasses.replace(original, model=model.clone())
     for step in passes:
         context.progress(step.name)
@@ -113,6 +113,18 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
         context.progress("measuring the result")
         report.speed = _speed(original, state, context, settings)
     return Compiled(state.model, report, state.config)
+
+
+def _original_results(model: ir.Model, settings: Settings) -> verify.Results:
+    if not settings.samples:
+        return []
+    try:
+        return verify.run_reference(model, settings.samples)
+    except ModelError as error:
+        raise ModelError(
+            f"The original model does not run on the samples: {error.what}",
+            "Give samples that fit it (calibration=..., --calibration samples.npz); made ones only follow its input types.",
+        ) from error
 
 
 def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings, record: PassRecord) -> _State:

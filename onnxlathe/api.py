@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 
 Samples = Iterable[Mapping[str, np.ndarray[Any, Any]]] | str | os.PathLike[str]
 
-# What the gate measures when no samples are given: one typical request, not the tiny shapes of the numeric check.
-_TIMED_SIZES = {"batch": 1, "sequence": 128}
+# What the gate measures when no samples are given: the extremes of what people run, not the tiny shapes of the check.
+_TIMED_ENCODER = ({"batch": 1, "sequence": 16}, {"batch": 8, "sequence": 128})
+_TIMED_DECODER = (
+    {"batch": 1, "sequence": 1, "past_sequence": 128},
+    {"batch": 1, "sequence": 128, "past_sequence": 0},
+)
 
 
 def compile(
@@ -80,7 +84,7 @@ def compile(
         infer_shapes(graph)
         samples = _samples(graph, calibration, seed)
         gate = preset_gate if speed_gate is None else speed_gate
-        timed = (samples[:2] if calibration is not None else make_feeds(graph, seed, 1, _TIMED_SIZES)) if gate else []
+        timed = (samples[:2] if calibration is not None else _timed(graph, seed)) if gate else []
         context = PassContext(
             device=device,
             threads=threads,
@@ -124,6 +128,14 @@ def _samples(graph: ir.Model, calibration: Samples | None, seed: int) -> list[di
     for number, sample in enumerate(samples):
         check_feeds(graph.graph.inputs, sample, f"sample {number}")
     return samples
+
+
+def _timed(graph: ir.Model, seed: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+    cached = any("past" in (value.name or "") for value in graph.graph.inputs)
+    sizes = _TIMED_DECODER if cached else _TIMED_ENCODER
+    samples = [make_feeds(graph, seed, 1, size)[0] for size in sizes]
+    same = all(samples[0][name].shape == samples[1][name].shape for name in samples[0])
+    return samples[:1] if same else samples  # a model without symbolic dims has one shape
 
 
 @contextlib.contextmanager

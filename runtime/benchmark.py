@@ -13,12 +13,30 @@ class Timing:
     """Seconds of one runnable.
 
     Attributes:
-        median: median of the round medians.
-        noise: half the interquartile range of the rounds over the median.
+        rounds: the median of each round, in order.
     """
 
-    median: float
-    noise: float
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.rounds)
+
+    @property
+    def noise(self) -> float:
+        """Half the interquartile range of the rounds over their median."""
+        return _half_spread(self.rounds)
+
+
+def paired_ratio(old: Timing, new: Timing) -> tuple[float, float]:
+    """Time of ``old`` over time of ``new``, and its noise.
+
+    Rounds that ran next to each other are compared with each other, so that a machine that slows down for a while
+    moves neither: the median of the ratios, and half their interquartile range over it.
+    """
+    ratios = [a / b for a, b in zip(old.rounds, new.rounds, strict=True)]
+    return statistics.median(ratios), _half_spread(ratios)
 
 
 def interleaved(
@@ -51,7 +69,7 @@ def interleaved(
             medians[position].append(statistics.median(block))
         if number + 1 >= least and time.perf_counter() - started > budget:
             break
-    return [_timing(values) for values in medians]
+    return [Timing(tuple(values)) for values in medians]
 
 
 def _time(run: Callable[[], object]) -> float:
@@ -60,7 +78,8 @@ def _time(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _timing(values: list[float]) -> Timing:
-    median = statistics.median(values)
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 2 else (min(values), median, max(values))
-    return Timing(median, (high - low) / 2 / median if median else 0.0)
+def _half_spread(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, median, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2 / median if median else 0.0
