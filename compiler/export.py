@@ -23,6 +23,9 @@ from .graph import opset as opset_of
 if TYPE_CHECKING:
     import torch
 
+# torch.__trace has a level of its own and passes empty records on to the root logger.
+_NOISY = ("torch", "torch.__trace", "onnxscript", "onnx_ir", "transformers")
+
 
 def export(
     module: torch.nn.Module,
@@ -76,7 +79,7 @@ def export(
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
     """Silences the warnings and log lines of torch, onnxscript and transformers; what matters is in our errors."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir", "transformers")]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

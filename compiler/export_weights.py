@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx_ir import tensor_adapters
+from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from .graph import Names
@@ -15,6 +16,10 @@ def tidy(model: ir.Model) -> None:
     """Folds constants, removes dead nodes and torch's bookkeeping; weights stay torch tensors, shared and lazy."""
     _merge_ties(model)
     _transpose_weights(model)
+    # First what shrinks the graph in linear time: torch repeats its shape arithmetic for every layer, and onnxscript's
+    # rewriter takes quadratic time (30-layer decoder, 7,551 nodes: 7 s, and 21 s without these two passes).
+    common.InlinePass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
     optimizer.optimize_ir(model, should_fold=_should_fold)
     for graph in model.graphs():
         _forget_bookkeeping(graph)

@@ -151,6 +151,7 @@ def stories_tokenizer() -> Tokenizer:
     ]
     model: Any = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(pieces[BOS:3])  # begin and end of a story: decode leaves them out
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return tokenizer

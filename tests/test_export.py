@@ -1,0 +1,472 @@
+"""``export``: names, shapes, numbers, shared weights, silence, and errors that say what to do."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+import onnxlathe as lathe
+
+
+def run(model: ir.Model, **feeds: torch.Tensor) -> dict[str, np.ndarray]:
+    """The model in plain onnxruntime with default options: not the way the export checks itself."""
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, {key: value.numpy() for key, value in feeds.items()}), strict=True))
+
+
+def shapes(values) -> dict[str, str]:
+    return {value.name: str(value.shape) for value in values}
+
+
+def symbols(model: ir.Model) -> set[str]:
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    return {dim.value for value in values for dim in value.shape or () if isinstance(dim, ir.SymbolicDim) and dim.value}
+
+
+def error_of(module: nn.Module, *args, **options) -> str:
+    with pytest.raises(lathe.ExportError) as caught:
+        lathe.export(module, args, **options)
+    assert caught.value.remedy
+    return str(caught.value)
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, features):
+        return self.head(self.body(features))
+
+
+class Tagger(nn.Module):
+    """Embeds tokens and returns a dict with a nested tuple; the mask may be None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.projection = nn.Linear(16, 16)
+
+    def forward(self, input_ids, mask=None, *, scale=1.0):
+        x = self.projection(self.embedding(input_ids)) * scale
+        if mask is not None:
+            x = x * mask[..., None]
+        return {"logits": x @ self.embedding.weight.T, "hidden": (x, x.sum(-1)), "nothing": None}
+
+
+@pytest.mark.parametrize("example", [1, 4])  # torch likes to take a size of 1 for a constant
+def test_dynamic_batch_runs_at_other_sizes(example):
+    module = Classifier()
+    model = lathe.export(module, torch.randn(example, 6), dynamic_shapes={"features": {0: "batch"}})
+    assert shapes(model.graph.inputs) == {"features": "[batch,6]"}
+    assert shapes(model.graph.outputs) == {"output": "[batch,3]"}
+    assert model.graph.name == "Classifier"
+    module.eval()
+    for batch in (1, 9):
+        x = torch.randn(batch, 6)
+        np.testing.assert_allclose(run(model, features=x)["output"], module(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_nested_inputs_and_outputs():
+    ids, mask = torch.randint(50, (2, 7)), torch.ones(2, 7)
+    dims = ("batch", "sequence")
+    model = lathe.export(
+        Tagger(), (ids,), {"scale": 2.0, "mask": mask}, dynamic_shapes={"input_ids": dims, "mask": dims}
+    )
+    assert shapes(model.graph.inputs) == {"input_ids": "[batch,sequence]", "mask": "[batch,sequence]"}
+    assert shapes(model.graph.outputs) == {
+        "logits": "[batch,sequence,50]",
+        "hidden.0": "[batch,sequence,16]",
+        "hidden.1": "[batch,sequence]",
+    }
+    assert symbols(model) == {"batch", "sequence"}
+
+
+def test_none_argument_is_no_input():
+    model = lathe.export(Tagger(), (torch.randint(50, (2, 7)), None))
+    assert shapes(model.graph.inputs) == {"input_ids": "[2,7]"}
+
+
+Pair = collections.namedtuple("Pair", ["first", "second"])
+
+
+@dataclasses.dataclass
+class Result:
+    total: torch.Tensor
+    parts: list
+
+
+torch.export.register_dataclass(Result)
+
+
+class Variadic(nn.Module):
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, input, /, *rest, state, **more):
+        x = input + rest[0] * more["extra"]
+        return self.wrap(x, state[0]["k"] - x)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "names"),
+    [
+        (lambda a, b: (a, None, b), ["output", "output_2"]),
+        (lambda a, b: [a, (a, b)], ["output", "output_1.0", "output_1.1"]),
+        (Pair, ["first", "second"]),
+        (lambda a, b: Result(a, [b]), ["total", "parts.0"]),
+        (lambda a, b: {"input": a, "y": b}, ["input_out", "y"]),  # an output may not be called like an input
+    ],
+)
+def test_names_of_every_kind_of_container(wrap, names):
+    args = (torch.randn(3), torch.randn(3))
+    kwargs = {"extra": torch.randn(3), "state": [{"k": torch.randn(3)}]}
+    model = lathe.export(Variadic(wrap), args, kwargs)
+    assert [value.name for value in model.graph.inputs] == ["input", "rest.0", "state.0.k", "extra"]
+    assert [value.name for value in model.graph.outputs] == names
+
+
+def test_names_are_not_taken_by_inner_values():
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = nn.Parameter(torch.randn(3))
+
+        def forward(self, mul):
+            return {"add": mul * 3 + self.output, "mul_1": (mul + 1) * (mul + 2)}
+
+    model = lathe.export(Module(), torch.randn(3))
+    assert [value.name for value in model.graph.inputs] == ["mul"]
+    assert [value.name for value in model.graph.outputs] == ["add", "mul_1"]
+    every = [v.name for node in model.graph for v in node.outputs] + ["mul", *model.graph.initializers]
+    assert len(every) == len(set(every))
+
+
+def test_input_returned_as_it_is():
+    class Module(nn.Module):
+        def forward(self, x):
+            return x, x + 1, x + 1
+
+    x = torch.randn(2)
+    got = run(lathe.export(Module(), x), x=x)
+    assert list(got) == ["output", "output_1", "output_2"]
+    np.testing.assert_array_equal(got["output"], x.numpy())
+
+
+def test_one_spelling_for_equal_sizes():
+    class Module(nn.Module):
+        def forward(self, past, new):
+            a, b = torch.cat([past, new], 1), torch.cat([new, past], 1)
+            return a, b + a, new.flatten(0, 1), b
+
+    inputs = (torch.randn(2, 3, 4), torch.randn(2, 5, 4))
+    model = lathe.export(
+        Module(), inputs, dynamic_shapes={"past": ("batch", "past", None), "new": ("batch", "new", None)}
+    )
+    total = "[batch,new + past,4]"
+    assert list(shapes(model.graph.outputs).values()) == [total, total, "[batch*new,4]", total]
+    assert symbols(model) == {"batch", "past", "new", "new + past", "batch*new"}
+
+
+def test_a_size_that_is_the_sum_of_two_others():
+    class Module(nn.Module):
+        def forward(self, past, new, mask):
+            return torch.cat([past, new], 1) * mask
+
+    inputs = (torch.randn(2, 3), torch.randn(2, 5), torch.ones(2, 8))
+    dims = {"past": ("batch", "past"), "new": ("batch", "new"), "mask": ("batch", "total")}
+    # Most choices of three sizes are refused by the module: the check has to find one that fits.
+    model = lathe.export(Module(), inputs, dynamic_shapes=dims)
+    assert shapes(model.graph.inputs)["mask"] == "[batch,total]"
+
+
+def test_torch_forms_of_dynamic_shapes():
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=9)
+    dynamic = torch.export.Dim.DYNAMIC
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Embedding(9, 4)
+
+        def forward(self, x, y):
+            # x of more than 9 columns fails: the check must keep to the limits of Dim
+            return self.positions(torch.arange(x.shape[1])) + x[..., None] + y[:, :1, None]
+
+    inputs = (torch.randn(2, 7), torch.randn(2, 5))
+    model = lathe.export(Module(), inputs, dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: dynamic}))
+    assert shapes(model.graph.inputs) == {"x": "[batch,length]", "y": "[batch,y_dim_1]"}
+
+
+def test_sizes_that_depend_on_data_are_named_after_the_output():
+    class Module(nn.Module):
+        def forward(self, x):
+            return {"found": torch.nonzero(x)}
+
+    model = lathe.export(Module(), torch.tensor([0.0, 1.0, 2.0]))
+    assert shapes(model.graph.outputs) == {"found": "[found_dim_0,1]"}
+    assert run(model, x=torch.tensor([1.0, 1.0, 1.0]))["found"].shape == (3, 1)
+
+
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_opset(opset):
+    x = torch.randn(2, 6)
+    module = Classifier()
+    model = lathe.export(module, x, opset=opset)
+    assert model.opset_imports[""] == opset
+    np.testing.assert_allclose(run(model, features=x)["output"], module.eval()(x).detach().numpy(), atol=1e-5)
+
+
+def test_unreachable_opset_is_refused():
+    assert "not as opset 7" in error_of(Classifier(), torch.randn(2, 6), opset=7)
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_share_memory_with_the_module():
+    module = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Linear(10, 16), nn.ReLU())
+    model = lathe.export(module, torch.randn(2, 4, 12))
+    parameters = [parameter.detach().numpy() for parameter in module.parameters()]
+    weights = [value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value.size > 1]
+    assert len(weights) >= 4
+    for parameter in parameters:
+        assert any(np.shares_memory(parameter, weight) for weight in weights)
+    assert "1.weight.T" in model.graph.initializers  # what MatMul reads is a view, and has a name
+
+
+class Tied(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 8)
+        self.head = nn.Linear(8, 40, bias=False)
+        if how == "parameter":
+            self.head.weight = self.embedding.weight
+        else:  # two Parameter objects over the same memory
+            self.head.weight = nn.Parameter(self.embedding.weight.data)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+@pytest.mark.parametrize("how", ["parameter", "memory"])
+def test_tied_embedding_is_stored_once(how):
+    module = Tied(how)
+    ids = torch.randint(40, (2, 3))
+    model = lathe.export(module, ids)
+    assert sum(value.const_value.size >= 320 for value in model.graph.initializers.values()) == 1
+    assert len(ir.to_proto(model).SerializeToString()) < 2 * 320 * 4
+    np.testing.assert_allclose(run(model, ids=ids)["output"], module(ids).detach().numpy(), atol=1e-5)
+
+
+def test_weight_of_two_layers_is_stored_once():
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    model = lathe.export(Module(), torch.randn(2, 5, 8))
+    assert sum(value.const_value.size == 64 for value in model.graph.initializers.values()) == 1
+    assert all(node.op_type != "Transpose" for node in model.graph)
+
+
+def test_no_source_paths_in_the_model():
+    text = ir.to_proto(lathe.export(Classifier(), torch.randn(2, 6))).SerializeToString()
+    assert b".py" not in text
+    assert b"body.0" in text  # but which submodule a node comes from is kept
+
+
+# --- the module is left as it was, and nothing is printed -----------------------------------------------------------
+
+
+def test_training_flags_are_restored_one_by_one():
+    module = Classifier()
+    module.body[1].eval()
+    before = [part.training for part in module.modules()]
+    lathe.export(module, torch.randn(4, 6))
+    assert [part.training for part in module.modules()] == before
+    with pytest.raises(lathe.ExportError):
+        lathe.export(module, torch.randn(4, 7))
+    assert [part.training for part in module.modules()] == before
+
+
+def test_arguments_are_left_as_they_were():
+    class Module(nn.Module):
+        def forward(self, x):
+            return x.add_(1) * 2
+
+    x = torch.zeros(3)
+    lathe.export(Module(), x, check=False)
+    assert not x.any()
+
+
+def test_silence_and_lazy_torch():
+    program = """
+        import sys
+        import onnxlathe as lathe
+        import onnxlathe.compiler.export, onnxlathe.compiler.export_lm, onnxlathe.models.zoo
+        assert "torch" not in sys.modules
+        import logging, torch
+        level = logging.getLogger("torch").level
+        class Branch(torch.nn.Module):
+            def forward(self, x):
+                return x if x.sum() > 0 else -x
+        lathe.export(torch.nn.Linear(3, 3), torch.randn(2, 3), dynamic_shapes={"input": {0: "batch"}})
+        try:
+            lathe.export(Branch(), torch.randn(3))
+        except lathe.ExportError:
+            pass
+        assert logging.getLogger("torch").level == level
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class Unsupported(nn.Module):
+    def forward(self, x):
+        return torch.linalg.qr(x)[0]
+
+
+class Rigid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+class Sum(nn.Module):
+    def forward(self, a, b):
+        return a + b
+
+
+class WrongWhenExported(nn.Module):
+    """Differs by a factor everywhere, or only at sizes other than 4."""
+
+    def __init__(self, divisor) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, x):
+        return x.sum(0) / (self.divisor if torch.compiler.is_exporting() else x.shape[0])
+
+
+class UpTo(nn.Module):
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and x.shape[0] != 4:
+            raise ValueError("only four")
+        return x
+
+
+def test_data_dependent_branch():
+    text = error_of(Branch(), torch.randn(3))
+    assert "branches on a value" in text and "test_export.py" in text and "torch.where" in text
+
+
+def test_unsupported_operator_is_named():
+    text = error_of(Unsupported(), torch.randn(3, 3))
+    assert "aten.linalg_qr" in text and "test_export.py" in text
+
+
+@pytest.mark.parametrize("dim", ["batch", torch.export.Dim("batch")])
+def test_dimension_that_cannot_be_dynamic(dim):
+    text = error_of(Rigid(), torch.randn(5, 3), dynamic_shapes={"x": {0: dim}})
+    assert "imension 0 of input x" in text and "only" in text and "5" in text
+
+
+def test_two_names_for_one_size():
+    text = error_of(Sum(), torch.randn(5), torch.randn(5), dynamic_shapes={"a": ("n",), "b": ("m",)})
+    assert "'n'" in text and "'m'" in text and "one name" in text
+
+
+@pytest.mark.parametrize(
+    ("dynamic_shapes", "said"),
+    [
+        ({"z": {0: "n"}}, "z, which is not among the inputs: a, b"),
+        ({"a": {3: "n"}}, "axis 3 of a"),
+        ({"a": ("my batch",)}, "'my batch'"),
+    ],
+)
+def test_wrong_dynamic_shapes(dynamic_shapes, said):
+    assert said in error_of(Sum(), torch.randn(5), torch.randn(5), dynamic_shapes=dynamic_shapes)
+
+
+def test_wrong_arguments():
+    assert "'b'" in error_of(Sum(), torch.randn(5))
+    assert "itself fails" in error_of(Sum(), torch.randn(5), torch.randn(4))
+    assert "str" in error_of(Sum(), "x", "y")
+    with pytest.raises(lathe.ExportError, match="not a torch"):
+        lathe.export(lambda x: x, torch.randn(3))
+
+
+def test_disagreement_on_the_example():
+    text = error_of(WrongWhenExported(5), torch.randn(4, 3))
+    assert "'output'" in text and "relative error 2.0e-01" in text and "example" in text
+
+
+def test_disagreement_at_another_size():
+    x = torch.rand(4, 3) + 1
+    lathe.export(WrongWhenExported(4), x)
+    text = error_of(WrongWhenExported(4), x, dynamic_shapes={"x": {0: "batch"}})
+    assert "batch=5" in text and "relative error" in text
+    lathe.export(WrongWhenExported(4), x, dynamic_shapes={"x": {0: "batch"}}, check=False)
+
+
+def test_module_that_takes_no_other_size():
+    assert "only four" in error_of(UpTo(), torch.randn(4), dynamic_shapes={"x": ("n",)})
+
+
+def test_other_inputs_are_like_the_example():
+    seen: list[torch.Tensor] = []
+
+    class Module(nn.Module):
+        def forward(self, ids, mask, x):
+            if not torch.compiler.is_exporting():
+                seen.append((ids, mask, x))
+            return ids * mask + x.sum()
+
+    ids = torch.tensor([[7, 9, 11, 9]])
+    mask = torch.tensor([[1, 1, 0, 0]])
+    dims = {"ids": ("b", "s"), "mask": ("b", "s"), "x": (None,)}
+    lathe.export(Module(), (ids, mask, torch.zeros(3)), dynamic_shapes=dims)
+    first, other = seen
+    assert torch.equal(first[0], ids)
+    assert other[0].shape == other[1].shape and other[0].shape[0] != 1 and other[0].shape[1] != 4
+    assert set(other[0].flatten().tolist()) <= {7, 9, 11}
+    assert set(other[1].flatten().tolist()) == {0, 1} and other[1].any(-1).all()
+    assert other[2].any()  # zeros are a placeholder for floats
