@@ -123,7 +123,7 @@ def _original_results(model: ir.Model, settings: Settings) -> verify.Results:
     except ModelError as error:
         raise ModelError(
             f"The original model does not run on the samples: {error.what}",
-            "Give samples that fit it (calibration=..., --calibration samples.npz); made ones only follow its input types.",
+            "Give samples that fit it (calibration=..., --calibration x.npz); made ones only follow the input types.",
         ) from error
 
 

@@ -47,10 +47,6 @@ _ROW_FORMS = {
     "FastGelu": "y = com.microsoft.FastGelu(x)",
     "Sigmoid+Mul": "s = Sigmoid(x)  y = Mul(x, s)",
     "QuickGelu": "y = com.microsoft.QuickGelu<alpha=1.0>(x)",
-    "Add+Add": "s = Add(x, b)  y = Add(s, r)",
-    "Sum(3)": "y = Sum(x, b, r)",
-    "Sum(3)+LayerNormalization": "s = Sum(x, b, r)  y = LayerNormalization<axis=-1>(s, g, b)",
-    "Add+Add+LayerNormalization": "s = Add(x, b)  t = Add(s, r)  y = LayerNormalization<axis=-1>(t, g, b)",
     "MatMul+Add": "s = MatMul(x, w)  y = Add(s, b)",
     "Gemm": "y = Gemm(x, w, b)",
 }
@@ -70,7 +66,7 @@ _ROW_SIGNATURE = f"""(float[n, {WIDTH}] x, float[n, {WIDTH}] r) => (float[n, {WI
 _ATTENTION_SIGNATURE = f"""(float[1, n, {WIDTH}] q, float[1, n, {WIDTH}] k, float[1, n, {WIDTH}] v, float[1, 1, n, n] m)
     => (float[1, n, {WIDTH}] y)
     <int64[4] split = {{0, 0, {_HEADS}, {WIDTH // _HEADS}}}, int64[3] merge = {{0, 0, {WIDTH}}},
-     float scale = {{0.18}}>"""
+     float scale = {{0.17677669}}>"""
 
 
 @dataclasses.dataclass(frozen=True)

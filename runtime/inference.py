@@ -104,25 +104,34 @@ def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any]]]:
     values: list[Any] = []
     originals: list[tuple[ir.Value, ir.TensorProtocol]] = []
     try:
-        for value in model.graph.initializers.values():
+        for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
             tensor = value.const_value
-            if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
+            if tensor is None:
                 continue
-            if not value.uses() and not value.is_graph_output():  # ORT drops it first and then misses it
+            if value.graph is model.graph and _can_be_handed_over(value, tensor):
+                name = value.name or ""
+                names.append(name)
+                values.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy())))
+                shape = ir.Shape(tensor.shape.numpy())
+                replacement = ir.ExternalTensor("in-memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+            elif isinstance(tensor, ir.ExternalTensor):  # ORT would look for its file beside a model it never sees
+                replacement = ir.external_data.convert_tensors_from_external([tensor])[0]
+            else:
                 continue
-            array = tensor.numpy()
-            if array.dtype not in _NATIVE:  # bfloat16, float8, packed int4: numpy has no such type
-                continue
-            names.append(value.name or "")
-            values.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
             originals.append((value, tensor))
-            value.const_value = ir.ExternalTensor(
-                "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
-            )
+            value.const_value = replacement
         yield names, values
     finally:
         for value, tensor in originals:
             value.const_value = tensor
+
+
+def _can_be_handed_over(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    if tensor.nbytes <= _INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
+        return False
+    if not value.uses() and not value.is_graph_output():  # ORT drops it first and then misses it
+        return False
+    return tensor.dtype.numpy() in _NATIVE  # bfloat16, float8, packed int4: NumPy has no such type
 
 
 def _first_line(error: Exception) -> str:

@@ -55,7 +55,7 @@ def rewrite(
     check_structure(after)
     check_model(after)
     Signature.of(before).check_kept(Signature.of(after))
-    assert outcome.changed == (ir.to_proto(before).graph != ir.to_proto(after).graph), "`changed` is not truthful"
+    assert outcome.changed == (ir.to_proto(before) != ir.to_proto(after)), "`changed` is not truthful"
     samples = feeds if feeds is not None else make_feeds(before, seed=1)
     error, output = compare(run_reference(before, samples), run_reference(after, samples))
     allowed = step.tolerance if tolerance is None else tolerance

@@ -1,0 +1,47 @@
+"""UpgradeOpset: old models come up with the same meaning; new ones are left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxlathe.passes import UpgradeOpset
+from rewriting import from_text, refused, rewrite, with_external_data
+
+
+def build(opset: int, body: str) -> ir.Model:
+    return from_text(f'<ir_version: 8, opset_import: ["" : {opset}]> g (float[n, 4] x) => (y) {{ {body} }}')
+
+
+OLD = {
+    11: "u = Unsqueeze<axes=[0]>(x) s = Squeeze<axes=[0]>(u) m = ReduceMean<axes=[1], keepdims=0>(s) y = Relu(m)",
+    13: "m = ReduceMean<axes=[1], keepdims=1>(x) y = Sub(x, m)",
+    17: "m = ReduceMax<axes=[1], keepdims=1>(x) d = Sub(x, m) y = Sigmoid(d)",
+    18: "y = Relu(x)",
+    20: "y = Gelu(x)",
+}
+
+
+@pytest.mark.parametrize("opset", OLD)
+def test_meaning_kept(opset: int) -> None:
+    after, outcome = rewrite(UpgradeOpset(), build(opset, OLD[opset]), nested=False)
+    assert outcome.counts == {f"opset {opset} -> 23": 1}
+    assert after.opset_imports[""] == 23
+    assert after.ir_version >= 10
+
+
+def test_new_enough_is_left_alone() -> None:
+    refused(UpgradeOpset(), build(23, "y = Relu(x)"), nested=False)
+    refused(UpgradeOpset(to=17), build(20, "y = Relu(x)"), nested=False)
+
+
+def test_external_data(tmp_path: Path) -> None:
+    model = from_text(
+        '<ir_version: 8, opset_import: ["" : 13]> g (float[n, 40] x, float[40] w) => (y) { y = Mul(x, w) }',
+        w=np.ones(40, np.float32),
+    )
+    after, _ = rewrite(UpgradeOpset(), with_external_data(model, tmp_path), nested=False)
+    assert after.opset_imports[""] == 23
