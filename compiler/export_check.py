@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from ..runtime.errors import ExportError, ModelError
 from .export_inputs import ExampleCall
@@ -94,7 +95,7 @@ def check_parity(
     except ModelError as error:
         raise ExportError(
             f"ONNX Runtime cannot run the exported model on {sample}: {error.what}",
-            "Export with check=False to look at the graph, or try another opset.",
+            "Make the dimension it fails on static, try another opset, or look at the graph with check=False.",
         ) from error
     for value, tensor in zip(model.graph.outputs, expected, strict=True):
         name = value.name or ""
@@ -146,6 +147,7 @@ def check_other_shapes(model: ir.Model, call: ExampleCall, run: Callable[..., An
         expected = [tensor for _, tensor in named_outputs(result)]
         sample = "random inputs with " + ", ".join(f"{name}={size}" for name, size in sizes.items())
         check_parity(model, dict(zip(names, tensors, strict=True)), expected, sample)
+        _correct_shapes(model, expected, sizes)
         return
     raise ExportError(
         f"The module itself accepts no other sizes than the example's {example}, so dynamic shapes cannot be "
@@ -153,6 +155,24 @@ def check_other_shapes(model: ir.Model, call: ExampleCall, run: Callable[..., An
         "Make the dimensions that cannot change static, give their limits by torch.export.Dim(name, min=, max=), or "
         "export with check=False.",
     ) from refusal
+
+
+def _correct_shapes(model: ir.Model, outputs: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> None:
+    """Infers all shapes anew if an output does not have the shape the graph declares.
+
+    torch 2.13 does that to an ``nn.LSTM`` of dynamic length: the numbers are right, the declared length is the
+    example's. A pass that believed it would break the model.
+    """
+    for value, tensor in zip(model.graph.outputs, outputs, strict=True):
+        declared = [_size(*pair, sizes) for pair in zip(value.shape or (), tensor.shape, strict=True)]
+        if declared != list(tensor.shape):
+            break
+    else:
+        return
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    common.ShapeInferencePass()(model)
 
 
 def _example_sizes(model: ir.Model, call: ExampleCall) -> dict[str, int]:
@@ -192,9 +212,9 @@ def _size(dim: int | ir.SymbolicDim, example: int, sizes: Mapping[str, int]) -> 
 def _like(example: torch.Tensor, shape: Sequence[int], seed: int) -> torch.Tensor:
     """A random tensor of ``shape`` in the manner of ``example``.
 
-    Elements are drawn from the example's own, so that token ids stay within the embedding and floats within their
-    range. Two-valued tensors (masks) are repeated instead: drawing could leave a row with nothing to attend to. A
-    float tensor of zeros is a placeholder, and becomes normal noise.
+    Integers are drawn from the example's own, so that token ids stay within the embedding; floats lie between two of
+    the example's. Two-valued tensors (masks) are repeated instead: drawing could leave a row with nothing to attend
+    to. A float tensor of zeros is a placeholder, and becomes normal noise.
     """
     import torch
 
@@ -206,5 +226,7 @@ def _like(example: torch.Tensor, shape: Sequence[int], seed: int) -> torch.Tenso
     if torch.unique(values).numel() <= 2:
         repeats = [-(-new // old) for new, old in zip(shape, example.shape, strict=True)]
         return example.detach().repeat(repeats)[tuple(slice(size) for size in shape)].clone()
-    count = int(np.prod(shape))
-    return values[torch.randint(values.numel(), (count,), generator=generator)].reshape(shape).to(example.device)
+    first, second = (values[torch.randint(values.numel(), tuple(shape), generator=generator)] for _ in range(2))
+    if values.is_floating_point() and values.isfinite().all():
+        first = torch.lerp(first.double(), second.double(), torch.rand(*shape, generator=generator).double())
+    return first.to(example.dtype).to(example.device)

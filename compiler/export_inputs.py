@@ -56,15 +56,16 @@ def bind(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None, d
     from torch.utils import _pytree as pytree
 
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    args, kwargs = _without_aliases(args, kwargs or {})
     signature = inspect.signature(module.forward)
     try:
-        bound = signature.bind(*args, **(kwargs or {}))
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ExportError(
             f"The arguments do not fit {type(module).__name__}.forward{signature}: {error}.",
             "Give positional arguments as a tuple in `args` and the others in `kwargs`.",
         ) from error
-    ordered = {name: kwargs[name] for name in _keyword_order(signature, kwargs)} if kwargs else {}
+    ordered = {name: kwargs[name] for name in _keyword_order(signature, kwargs)}
     if dynamic_shapes is not None and hasattr(dynamic_shapes, "dynamic_shapes"):  # torch's ShapesCollection and kin
         dynamic_shapes = dynamic_shapes.dynamic_shapes(module, args, ordered)
 
@@ -87,6 +88,28 @@ def bind(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None, d
         walk.bounds,
         shapes if dynamic_shapes is not None else None,
     )
+
+
+def _without_aliases(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies a tensor that is given twice.
+
+    Else torch traces the module as if the two inputs were always one: ``nn.MultiheadAttention(x, x, x)`` would become a
+    graph that ignores its inputs ``key`` and ``value``.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    seen: set[int] = set()
+
+    def once(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) in seen:
+            return leaf.detach().clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map(once, (args, dict(kwargs)))
 
 
 class _Walk:

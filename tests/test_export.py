@@ -451,6 +451,47 @@ def test_module_that_takes_no_other_size():
     assert "only four" in error_of(UpTo(), torch.randn(4), dynamic_shapes={"x": ("n",)})
 
 
+def test_one_tensor_for_three_inputs():
+    """torch would trace the case query = key = value, and the graph would ignore the last two."""
+    module = nn.MultiheadAttention(16, 4, batch_first=True)
+    x = torch.randn(2, 5, 16)
+    model = lathe.export(module, (x, x, x))
+    query, key, value = (torch.randn(2, 5, 16) for _ in range(3))
+    expected = module.eval()(query, key, value)[0].detach().numpy()
+    np.testing.assert_allclose(run(model, query=query, key=key, value=value)["output"], expected, atol=1e-5)
+
+
+def test_shapes_that_torch_declares_wrongly_are_inferred_again():
+    """torch 2.13 declares the example's length, 5, for the output of an LSTM."""
+    module = nn.LSTM(8, 16, batch_first=True)
+    model = lathe.export(module, torch.randn(2, 5, 8), dynamic_shapes={"input": ("batch", "time")})
+    assert model.graph.outputs[0].shape[1] != 5
+    x = torch.randn(3, 9, 8)
+    np.testing.assert_allclose(run(model, input=x)["output"], module(x)[0].detach().numpy(), atol=1e-5)
+
+
+def test_hugging_face_encoder_by_itself():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = torch.randint(32, (2, 9))
+    dims = ("batch", "sequence")
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    shared = {"input_ids": dims, "attention_mask": dims}
+    model = lathe.export(transformers.BertModel(transformers.BertConfig(**sizes)), (), kwargs, dynamic_shapes=shared)
+    assert shapes(model.graph.outputs) == {
+        "last_hidden_state": "[batch,sequence,16]",
+        "pooler_output": "[batch,16]",
+    }
+    decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    assert "export_causal_lm" in error_of(decoder, ids)
+
+
+def test_half_precision():
+    model = lathe.export(nn.Linear(8, 8).half(), torch.randn(2, 8).half(), dynamic_shapes={"input": ("batch",)})
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT16
+    assert "check=False" in error_of(nn.Linear(8, 8).bfloat16(), torch.randn(2, 8).bfloat16())
+
+
 def test_other_inputs_are_like_the_example():
     seen: list[torch.Tensor] = []
 

@@ -202,8 +202,9 @@ def test_stories_writes_a_story():
     text = tokenizer.decode(module.generate(start, max_new_tokens=140, do_sample=False)[0].tolist())
     assert text.startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
-        "a big, red ball. She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the "
-        'park." Lily was sad and didn\'t know what to do. She said, "I want to play with your ball, but I can\'t find it."'
+        "a big, red ball. She wanted to play with it, but it was too high.\n"
+        "Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. She said, \"I "
+        "want to play with your ball, but I can't find it."
     )
 
 
