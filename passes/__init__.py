@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..compiler.base import Pass
 from .cleanup import Cleanup
+from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_qkv import FuseQKV
 from .simplify_shapes import SimplifyShapes
@@ -13,6 +14,7 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         Cleanup,
+        FoldConstants,
         FuseAttention,
         FuseQKV,
         SimplifyShapes,
@@ -20,4 +22,4 @@ PASSES: dict[str, type[Pass]] = {
     )
 }
 
-__all__ = ["PASSES", "Cleanup", "FuseAttention", "FuseQKV", "SimplifyShapes", "UpgradeOpset"]
+__all__ = ["PASSES", "Cleanup", "FoldConstants", "FuseAttention", "FuseQKV", "SimplifyShapes", "UpgradeOpset"]

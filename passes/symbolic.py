@@ -330,4 +330,5 @@ _RULES: dict[str, Callable[[SymbolicShapes, ir.Node], Dims | None]] = {
     "Gather": _gather,
     "Expand": _expand,
     "Range": _range,
+    "ConstantOfShape": lambda shapes, node: shapes.content(node.inputs[0]),
 }
