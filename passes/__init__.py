@@ -6,8 +6,13 @@ from ..compiler.base import Pass
 from .cleanup import Cleanup
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
+from .fuse_gelu import FuseGelu
+from .fuse_linear import FuseLinear
+from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
+from .fuse_skip_normalization import FuseSkipNormalization
 from .simplify_shapes import SimplifyShapes
+from .split_skip_normalization import SplitSkipNormalization
 from .upgrade_opset import UpgradeOpset
 
 PASSES: dict[str, type[Pass]] = {
@@ -16,10 +21,15 @@ PASSES: dict[str, type[Pass]] = {
         Cleanup,
         FoldConstants,
         FuseAttention,
+        FuseGelu,
+        FuseLinear,
+        FuseNormalization,
         FuseQKV,
+        FuseSkipNormalization,
         SimplifyShapes,
+        SplitSkipNormalization,
         UpgradeOpset,
     )
 }
 
-__all__ = ["PASSES", "Cleanup", "FoldConstants", "FuseAttention", "FuseQKV", "SimplifyShapes", "UpgradeOpset"]
+__all__ = ["PASSES", *sorted(kind.__name__ for kind in PASSES.values())]  # pyright: ignore[reportUnsupportedDunderAll]
