@@ -9,7 +9,18 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import Outcome, Pass, PassContext
-from ..compiler.graph import Names, add_initializer, attribute, constant, is_op, remove_dead
+from ..compiler.graph import (
+    Names,
+    add_initializer,
+    attribute,
+    constant,
+    is_op,
+    make_node,
+    opset,
+    remove_dead,
+    replace,
+)
+from .index_grids import grid_axes
 from .symbolic import Dims, SymbolicShapes, reshaped
 
 
@@ -22,6 +33,7 @@ class SimplifyShapes(Pass):
     1. Reshape or Expand whose output provably has the dims of its input: removed (unless its output is a graph output).
     2. Reshape whose target is computed at run time: each dim is a number, the input's dim at the same axis (0), or the
        one that is left over (-1). The Shape/Gather/Concat chain behind it dies if nothing else needs it.
+    3. GatherND over all positions of a tensor in order (transformers' attention masks): Unsqueeze (``index_grids.py``).
 
     Pays on every provider: fewer nodes on the critical path of short inputs, and on CUDA no round trips of shape
     tensors to the CPU. Contract: ONNX operators Reshape-14 (0 copies a dim, -1 is inferred) and Expand-13.
@@ -33,14 +45,23 @@ class SimplifyShapes(Pass):
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        nodes = [node for graph in model.graphs() for node in graph if is_op(node, "Reshape", "Expand")]
+        nodes = [node for graph in model.graphs() for node in graph if is_op(node, "Reshape", "Expand", "GatherND")]
         if not nodes:
             return outcome
         shapes, names = SymbolicShapes(model), Names(model)
+        for node in nodes:
+            axes = grid_axes(node, shapes) if opset(model) >= 13 else None
+            if axes is not None and isinstance(node.graph, ir.Graph):
+                positions = add_initializer(node.graph, names, f"{node.name}_axes", np.array(axes, np.int64))
+                result, name = node.outputs[0], names.fresh(f"{node.name}/unsqueeze")
+                operands = [node.inputs[0], positions]
+                new = make_node("Unsqueeze", operands, name=name, output=names.fresh(f"{name}_out"), like=result)
+                replace(node, [new], by=self.name)
+                outcome.counts["GatherND of everything"] += 1
         targets: dict[tuple[ir.Graph, tuple[int, ...]], ir.Value] = {}
         for node in nodes:
             source, result = node.inputs[0], node.outputs[0]
-            if source is None or not isinstance(node.graph, ir.Graph):
+            if source is None or is_op(node, "GatherND") or not isinstance(node.graph, ir.Graph):
                 continue
             before, after = shapes.dims(source), shapes.dims(result)
             if before is not None and before == after and not result.is_graph_output():
