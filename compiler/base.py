@@ -16,6 +16,7 @@ from ..runtime.capabilities import KernelCosts
 
 Feeds = dict[str, np.ndarray[Any, Any]]
 Device = Literal["cpu", "cuda"]
+Gate = Literal["off", "not-slower", "faster"]
 
 
 class Claim(enum.Enum):
@@ -101,14 +102,15 @@ class Pass(abc.ABC):
         name: the name used in reports, presets and on the command line (kebab-case).
         claims: what is promised about the numbers.
         tolerance: largest relative error allowed when ``claims`` is EXACT.
-        gated: whether the speed gate judges this pass; False for what can only take work away.
+        gate: what the speed gate asks of this pass: ``"off"`` for what can only take work away, ``"not-slower"``, or
+            ``"faster"`` for what is only worth its change to the graph if every sample gains.
         changes_signature: whether changing inputs or outputs is this pass's declared job.
     """
 
     name: ClassVar[str]
     claims: ClassVar[Claim] = Claim.EXACT
     tolerance: ClassVar[float] = 1e-5
-    gated: ClassVar[bool] = True
+    gate: ClassVar[Gate] = "not-slower"
     changes_signature: ClassVar[bool] = False
 
     @abc.abstractmethod

@@ -76,7 +76,7 @@ def producer(value: ir.Value | None, *ops: str, domain: str = "") -> ir.Node | N
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
     """The single node that reads ``value`` once, or None if it has other readers or is a graph output."""
-    uses = value.uses()
+    uses = tuple(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 

@@ -19,7 +19,7 @@ from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext
 from .gate import measure_speed
 from .graph import count_ops, weight_bytes
-from .report import PassRecord, Report
+from .report import PassRecord, Report, Speed
 
 OnError = Literal["raise", "skip"]
 
@@ -131,7 +131,8 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     """Runs one pass; returns the state after it, or ``state`` itself where nothing was kept."""
     candidate = state.model.clone()
     record.nodes = (_size(state.model), _size(state.model))
-    record.weight_bytes = (weight_bytes(state.model),) * 2
+    stored = weight_bytes(state.model)
+    record.weight_bytes = (stored, stored)
     start = time.perf_counter()
     try:
         outcome = step(candidate, context)
@@ -151,11 +152,12 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     config = _merge(state.config, outcome.ort_config)
     results = _check(step, state, candidate, settings, record)
     new = _State(candidate, results, config)
-    if settings.timed and step.gated:
-        record.speed = _speed(state, new, context, settings)
-        if record.speed.ratio < 1 - record.speed.noise:
+    if settings.timed and step.gate != "off":
+        record.speed = speed = _speed(state, new, context, settings)
+        if speed.ratio < (1.0 if step.gate == "faster" else 1.0 - speed.noise):
             record.status = "dropped"
-            record.notes.append(f"slower here ({record.speed.ratio:.2f} x), so it was left out")
+            measured = ", ".join(f"{ratio:.2f} x at {shape}" for shape, ratio in speed.samples.items())
+            record.notes.append(f"left out, as it does not pay here: {measured} (noise {speed.noise:.0%})")
             return state
     record.status = "applied"
     record.nodes = (record.nodes[0], _size(candidate))
@@ -187,7 +189,7 @@ def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, r
     return results
 
 
-def _speed(before: _State, after: _State, context: PassContext, settings: Settings) -> Any:
+def _speed(before: _State, after: _State, context: PassContext, settings: Settings) -> Speed:
     return measure_speed(
         before.model,
         after.model,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -142,38 +143,34 @@ class Report:
         return "; ".join([*parts, *self.notes])
 
     def _pass_table(self) -> Table:
-        table = Table(title=f"onnxlathe: {self.source} for {self.device}", title_justify="left")
-        for column, justify in (("pass", "left"), ("status", "left"), ("what", "left")):
-            table.add_column(column, justify=justify)
-        for column in ("nodes", "weights", "error", "speed", "s"):
+        table = Table(title=f"{self.source} for {self.device}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("pass", no_wrap=True)
+        for column in ("nodes", "error", "speed"):
             table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("what")
         for record in self.passes:
-            what = ", ".join(f"{count} {rule}" for rule, count in record.counts.items())
-            if record.refusals:
-                what += f" ({len(record.refusals)} refused)"
-            speed = f"{record.speed.ratio:.2f} x" if record.speed else "-"
+            counts = ", ".join(f"{count} {rule}" for rule, count in record.counts.items())
+            refused = f"{len(record.refusals)} refused" if record.refusals else ""
+            status = "" if record.status == "applied" else f"{record.status}:" if counts else record.status
             table.add_row(
                 record.name,
-                record.status,
-                what.strip(),
-                f"{record.nodes[0]} -> {record.nodes[1]}",
-                format_bytes(record.weight_bytes[1]),
-                "-" if record.error is None else f"{record.error:.1e}",
-                speed,
-                f"{record.seconds:.2f}",
+                str(record.nodes[1]),
+                "-" if record.error is None else f"{record.error:.0e}",
+                f"{record.speed.ratio:.2f} x" if record.speed else "-",
+                " ".join(part for part in (status, counts, f"({refused})" if refused else "") if part),
             )
         return table
 
 
 def op_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
-    """Nodes by operator, before and after, the most changed first."""
-    table = Table(title="nodes by operator", title_justify="left")
+    """Operators whose number changed, the most changed first."""
+    table = Table(title="nodes by operator (changed ones)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("operator")
     for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     change = {op: after.get(op, 0) - before.get(op, 0) for op in {*before, *after}}
-    for op in sorted(change, key=lambda op: (-abs(change[op]), op)):
-        table.add_row(op, str(before.get(op, 0)), str(after.get(op, 0)), f"{change[op]:+d}" if change[op] else "")
+    for op in sorted((op for op in change if change[op]), key=lambda op: (-abs(change[op]), op)):
+        table.add_row(op, str(before.get(op, 0)), str(after.get(op, 0)), f"{change[op]:+d}")
     return table
 
 

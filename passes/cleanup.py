@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ..compiler.base import Outcome, Pass, PassContext
+from ..compiler.base import Gate, Outcome, Pass, PassContext
 from ..compiler.graph import PASS_KEY, all_nodes, remove_dead
 from .duplicates import merge_common_subexpressions, merge_duplicate_initializers, remove_unused_initializers
 from .no_ops import same_as, shorten
@@ -30,7 +30,7 @@ class Cleanup(Pass):
 
     name: ClassVar[str] = "cleanup"
     tolerance: ClassVar[float] = 0.0
-    gated: ClassVar[bool] = False
+    gate: ClassVar[Gate] = "off"
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from ..compiler.base import Outcome, Pass, PassContext
+from ..compiler.base import Gate, Outcome, Pass, PassContext
 from ..compiler.graph import Array, Names, add_initializer, remove_dead, subgraphs
 from ..runtime.errors import ModelError
 from ..runtime.inference import open_session, run_session, session_options
@@ -52,7 +52,7 @@ class FoldConstants(Pass):
 
     name: ClassVar[str] = "fold-constants"
     tolerance: ClassVar[float] = 1e-6
-    gated: ClassVar[bool] = False
+    gate: ClassVar[Gate] = "off"
     growth_limit: int = 1024
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:

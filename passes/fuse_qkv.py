@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.base import Outcome, Pass, PassContext
+from ..compiler.base import Gate, Outcome, Pass, PassContext
 from ..compiler.graph import (
     FROM_KEY,
     MICROSOFT,
@@ -58,6 +58,7 @@ class FuseQKV(Pass):
     """
 
     name: ClassVar[str] = "fuse-qkv"
+    gate: ClassVar[Gate] = "faster"
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.base import Outcome, Pass, PassContext
+from ..compiler.base import Gate, Outcome, Pass, PassContext
 from ..compiler.graph import (
     Names,
     add_initializer,
@@ -41,7 +41,7 @@ class SimplifyShapes(Pass):
 
     name: ClassVar[str] = "simplify-shapes"
     tolerance: ClassVar[float] = 0.0
-    gated: ClassVar[bool] = False
+    gate: ClassVar[Gate] = "off"
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()

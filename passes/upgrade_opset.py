@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ..compiler.base import Outcome, Pass, PassContext
+from ..compiler.base import Gate, Outcome, Pass, PassContext
 from ..compiler.graph import opset
 from ..runtime.errors import PassError
 
@@ -32,7 +32,7 @@ class UpgradeOpset(Pass):
 
     name: ClassVar[str] = "upgrade-opset"
     tolerance: ClassVar[float] = 0.0
-    gated: ClassVar[bool] = False
+    gate: ClassVar[Gate] = "off"
     to: int = 23
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:

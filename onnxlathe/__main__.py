@@ -1,0 +1,5 @@
+"""``python -m onnxlathe``."""
+
+from .cli import main
+
+main()

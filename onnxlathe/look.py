@@ -1,0 +1,102 @@
+"""What ``inspect``, ``diff`` and ``passes`` print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+from rich.console import Console
+from rich.table import Table
+
+from .compiler.graph import count_ops, opset, weight_bytes
+from .compiler.report import Report, format_bytes, op_table
+from .compiler.verify import relative_error, run_reference
+from .passes import PASSES
+from .passes.presets import PRESETS
+from .runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
+from .runtime.errors import ModelError
+from .runtime.feeds import check_feeds, load_feeds, make_feeds
+
+
+def print_inspect(path: Path) -> None:
+    """Inputs, outputs, opset, operators, weights, session options and the stored report."""
+    console, model = Console(), load(path)
+    initializers = {value.name for value in model.graph.initializers.values()}
+    table = Table(title=str(path), title_justify="left")
+    for column in ("", "name", "dtype", "shape"):
+        table.add_column(column)
+    for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in values:
+            if kind == "output" or value.name not in initializers:
+                table.add_row(kind, value.name, str(value.dtype), str(value.shape))
+    console.print(table)
+    others = ", ".join(f"{name} {version}" for name, version in model.opset_imports.items() if name)
+    console.print(
+        f"opset {opset(model)}{' and ' + others if others else ''}, IR {model.ir_version}, "
+        f"made by {model.producer_name or 'unknown'} {model.producer_version or ''}; "
+        f"{sum(count_ops(model).values())} nodes, {format_bytes(weight_bytes(model))} of weights",
+        highlight=False,
+    )
+    counts = Table(title="nodes by operator", title_justify="left")
+    counts.add_column("operator")
+    counts.add_column("nodes", justify="right")
+    for op, count in count_ops(model).most_common():
+        counts.add_row(op, str(count))
+    console.print(counts)
+    if config := read_config(model.metadata_props):
+        console.print(f"session options: {json.dumps(config)}", highlight=False)
+    if REPORT_KEY in model.metadata_props:
+        console.print(f"compiled by onnxlathe {model.metadata_props.get(VERSION_KEY, '')}:", highlight=False)
+        Report.from_dict(json.loads(model.metadata_props[REPORT_KEY])).print(console)
+
+
+def print_diff(before: Path, after: Path, samples: Path | None) -> None:
+    """Operators, weights and numbers of two models."""
+    console = Console()
+    old, new = load(before), load(after)
+    console.print(op_table(count_ops(old), count_ops(new)))
+    names_old, names_new = _names(old), _names(new)
+    console.print(
+        f"values: {len(names_old & names_new)} in both, {len(names_old - names_new)} only in {before.name}, "
+        f"{len(names_new - names_old)} only in {after.name}; weights: {format_bytes(weight_bytes(old))} -> "
+        f"{format_bytes(weight_bytes(new))}",
+        highlight=False,
+    )
+    feeds = load_feeds(samples) if samples is not None else make_feeds(old)
+    for number, sample in enumerate(feeds):
+        for model in (old, new):
+            check_feeds(model.graph.inputs, sample, f"sample {number}")
+    shared = [value.name for value in old.graph.outputs if value.name in {item.name for item in new.graph.outputs}]
+    if not shared:
+        raise ModelError("The two models have no output of the same name.", "Compare models with the same outputs.")
+    results = zip(run_reference(old, feeds), run_reference(new, feeds), strict=True)
+    worst = dict.fromkeys(shared, 0.0)
+    for a, b in results:
+        for name in shared:
+            worst[name] = max(worst[name], relative_error(a[name or ""], b[name or ""]))
+    for name, error in worst.items():
+        console.print(f"output {name}: largest relative error {error:.1e} over {len(feeds)} samples", highlight=False)
+
+
+def print_passes() -> None:
+    """Passes with options and first lines, then presets."""
+    console = Console()
+    table = Table(title="passes", title_justify="left")
+    for column in ("name", "claims", "options", "what it does"):
+        table.add_column(column)
+    for name, kind in PASSES.items():
+        options = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(kind))
+        table.add_row(name, kind.claims.value, options, (kind.__doc__ or "").strip().splitlines()[0])
+    console.print(table)
+    presets = Table(title="presets", title_justify="left")
+    for column in ("name", "speed gate", "passes", "for"):
+        presets.add_column(column)
+    for name, preset in PRESETS.items():
+        presets.add_row(name, "yes" if preset.speed_gate else "no", ", ".join(preset.passes), preset.description)
+    console.print(presets)
+
+
+def _names(model: ir.Model) -> set[str]:
+    return {value.name or "" for graph in model.graphs() for node in graph for value in node.outputs}
