@@ -113,6 +113,9 @@ def check_model(model: ir.Model) -> None:
     placeholders = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     kept = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     known = {value.name for value in proto.graph.input}
+    typed = [value for value in proto.graph.value_info if value.HasField("type")]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(typed)
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
     for tensor in placeholders:

@@ -80,8 +80,8 @@ def compile(
     graph = _to_graph(model, args)
     with _progress(progress) as sink:
         sink("checking the model")
-        check_model(graph)
         infer_shapes(graph)
+        check_model(graph)
         samples = _samples(graph, calibration, seed)
         gate = preset_gate if speed_gate is None else speed_gate
         timed = (samples[:2] if calibration is not None else _timed(graph, seed)) if gate else []

@@ -133,6 +133,7 @@ def run(
     import numpy as np
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from .runtime.artifact import load
     from .runtime.feeds import load_feeds, make_feeds
@@ -148,7 +149,7 @@ def run(
         numbers = [
             f"{f(array):.4g}" if array.size and array.dtype.kind in "fiu" else "-" for f in (np.min, np.mean, np.max)
         ]
-        table.add_row(name, str(array.dtype), str(list(array.shape)), *numbers)
+        table.add_row(Text(name), str(array.dtype), Text(str(list(array.shape))), *numbers)
     Console().print(table)
     if output is not None:
         import io

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .compiler.graph import count_ops, opset, weight_bytes
 from .compiler.report import Report, format_bytes, op_table
@@ -30,7 +31,7 @@ def print_inspect(path: Path) -> None:
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in values:
             if kind == "output" or value.name not in initializers:
-                table.add_row(kind, value.name, str(value.dtype), str(value.shape))
+                table.add_row(kind, Text(value.name or ""), str(value.dtype), Text(str(value.shape)))
     console.print(table)
     others = ", ".join(f"{name} {version}" for name, version in model.opset_imports.items() if name)
     console.print(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from typing import Literal
 
 import onnx
@@ -16,6 +18,7 @@ Device = Literal["cpu", "cuda"]
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_WARNING, _FATAL = 2, 4  # log severities of onnxruntime; warning is its default
 _GET_CUDA = (
     "Install onnxruntime-gpu together with the CUDA 13 and cuDNN 9 libraries it links (for example "
     "pip install 'onnxruntime-gpu[cuda,cudnn]'), check that nvidia-smi lists a GPU, or use device='cpu'."
@@ -62,13 +65,16 @@ def cuda_problem() -> str | None:
     graph = oh.make_graph([oh.make_node("Relu", ["x"], ["y"])], "probe", [value], [result])
     model = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8)
     options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls(directory="")
+    options.log_severity_level = _FATAL
+    ort.set_default_logger_severity(_FATAL)  # what goes wrong is said in our words
     try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ort.preload_dlls(directory="")
         session = ort.InferenceSession(model.SerializeToString(), options, providers=[_CUDA])
     except Exception as error:  # ORT raises bare RuntimeError subclasses that differ by platform
         return f"onnxruntime could not start it ({str(error).splitlines()[0]})"
+    finally:
+        ort.set_default_logger_severity(_WARNING)
     if _CUDA not in session.get_providers():
         return "onnxruntime could not load it (no NVIDIA driver, GPU, or CUDA/cuDNN libraries found)"
     return None

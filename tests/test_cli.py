@@ -1,0 +1,215 @@
+"""The command line, read as a person would, and every bad input of the list: exit code 2, thing and remedy named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from onnxlathe import cli
+from onnxlathe.runtime.artifact import load, save
+from rewriting import from_text
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Runs a command in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["onnxlathe", *map(str, args)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
+    return lambda *args: run(monkeypatch, capsys, *args)
+
+
+def test_compile_inspect_run_diff_bench(command: object, small_file: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    before = small_file.read_bytes()
+    code, text, _ = command("compile", small_file, "-o", out, "--passes", "basic", "--json", report)  # type: ignore[operator]
+    assert code == 0 and "1 no-op Identity" in text and "4 -> 3 nodes" in text
+    assert small_file.read_bytes() == before
+    assert json.loads(report.read_text())["ops_after"] == {"MatMul": 1, "Add": 1, "Relu": 1}
+
+    code, text, _ = command("inspect", out)  # type: ignore[operator]
+    assert code == 0 and "[batch,8]" in text and "compiled by onnxlathe" in text and "no-op Identity" in text
+
+    np.savez(tmp_path / "in.npz", x=np.ones((2, 8), np.float32))
+    code, text, _ = command("run", out, "--samples", tmp_path / "in.npz", "-o", tmp_path / "y.npz")  # type: ignore[operator]
+    assert code == 0 and "[2, 600]" in text
+    assert np.load(tmp_path / "y.npz")["y"].shape == (2, 600)
+
+    code, text, _ = command("diff", small_file, out)  # type: ignore[operator]
+    assert code == 0 and "output y: largest relative error 0.0e+00" in text
+
+    code, text, _ = command("bench", small_file, out, "--seconds", "0.1")  # type: ignore[operator]
+    assert code == 0 and " x" in text and "%" in text
+
+
+def test_passes_with_options(command: object, small_file: Path, tmp_path: Path) -> None:
+    code, _, _ = command(
+        "compile", small_file, "-o", tmp_path / "o.onnx", "--passes", "cleanup,fold-constants:growth_limit=0"
+    )  # type: ignore[operator]
+    assert code == 0
+    code, text, _ = command("passes")  # type: ignore[operator]
+    assert code == 0 and "fuse-attention" in text and "growth_limit=1024" in text and "cpu-fp32" in text
+
+
+def test_export_from_a_file(command: object, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "net.py").write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(4, 2), (torch.ones(3, 4),), {'input': {0: 'batch'}}\n"
+    )
+    code, text, _ = command("export", f"{tmp_path}/net.py:build", "-o", tmp_path / "net.onnx")  # type: ignore[operator]
+    assert code == 0 and "checked against PyTorch" in text
+    assert str(load(tmp_path / "net.onnx").graph.inputs[0].shape) == "[batch,4]"
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def outside(folder: Path, model: ir.Model) -> Path:
+    path = save(model, folder / "outside.onnx", external_data=True)
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../outside.bin"
+    return write(path, proto.SerializeToString())
+
+
+def lost(folder: Path, model: ir.Model) -> Path:
+    path = save(model, folder / "lost.onnx", external_data=True)
+    (folder / "lost.onnx.data").unlink()
+    return path
+
+
+def old(folder: Path) -> Path:
+    model = from_text('<ir_version: 3, opset_import: ["" : 9]> g (float[2] x) => (float[2] y) { y = Relu(x) }')
+    proto = ir.to_proto(model)
+    proto.opset_import[0].version = 3
+    return write(folder / "old.onnx", proto.SerializeToString())
+
+
+def strange(folder: Path) -> Path:
+    model = from_text('<ir_version: 10, opset_import: ["" : 20]> g (float[2] x) => (float[2] y) { y = Relu(x) }')
+    proto = ir.to_proto(model)
+    proto.graph.node[0].op_type = "Frobnicate"
+    return write(folder / "strange.onnx", proto.SerializeToString())
+
+
+def nan(folder: Path) -> Path:
+    np.savez(folder / "nan.npz", x=np.full((1, 8), np.nan, np.float32))
+    return folder / "nan.npz"
+
+
+BAD = {
+    "no such file": (lambda t, m, f: ["compile", t / "no.onnx"], "no file", "Check the path"),
+    "not ONNX": (
+        lambda t, m, f: ["compile", write(t / "a.onnx", b"\x89PNG nothing of the kind")],
+        "a.onnx is not an ONNX",
+        "again",
+    ),
+    "truncated": (lambda t, m, f: ["compile", write(t / "b.onnx", f.read_bytes()[:5000])], "truncated", "again"),
+    "external data missing": (lambda t, m, f: ["compile", lost(t, m)], "lost.onnx.data", "Put it into"),
+    "path escapes": (lambda t, m, f: ["compile", outside(t, m)], "outside the model's folder", "beside it"),
+    "old opset": (lambda t, m, f: ["compile", old(t)], "opset 3", "version_converter"),
+    "unknown operator": (lambda t, m, f: ["compile", strange(t)], "Frobnicate", ""),
+    "unknown pass": (
+        lambda t, m, f: ["compile", f, "--passes", "fuse-everything"],
+        "no pass 'fuse-everything'",
+        "Passes: ",
+    ),
+    "unknown option": (
+        lambda t, m, f: ["compile", f, "--passes", "cleanup:hard=1"],
+        "no option ['hard']",
+        "Its options: none",
+    ),
+    "unreadable option": (
+        lambda t, m, f: ["compile", f, "--passes", "cleanup:hard"],
+        "Cannot read the options",
+        "name:option=value",
+    ),
+    "NaN in calibration": (lambda t, m, f: ["compile", f, "--samples", nan(t)], "NaN", "sample"),
+    "unknown target": (lambda t, m, f: ["compile", f, "--target", "tpu"], "'tpu'", "'cpu'"),
+    "output is input": (lambda t, m, f: ["compile", f, "-o", f], "is the input itself", "another file"),
+    "output folder missing": (lambda t, m, f: ["compile", f, "-o", t / "no" / "x.onnx"], "does not exist", "Create"),
+    "run with wrong input": (lambda t, m, f: ["run", f, "--samples", nan(t)], "NaN", ""),
+    "zoo name": (lambda t, m, f: ["export", "zoo:gpt5", "-o", t / "o.onnx"], "no 'gpt5'", "minilm"),
+    "export source": (
+        lambda t, m, f: ["export", "nothing", "-o", t / "o.onnx"],
+        "Cannot export 'nothing'",
+        "FILE.py:FUNCTION",
+    ),
+    "no arguments": (lambda t, m, f: ["compile"], "Missing argument", ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(command: object, case: str, small_model: ir.Model, small_file: Path, tmp_path: Path) -> None:
+    make, what, remedy = BAD[case]
+    content = small_file.read_bytes()
+    args = make(tmp_path, small_model, small_file)
+    if args[0] == "compile" and "-o" not in args and case != "no arguments":
+        args += ["-o", tmp_path / "out.onnx"]
+    code, _, err = command(*args)  # type: ignore[operator]
+    assert code == 2, err
+    assert what in err and remedy in err and "Traceback" not in err
+    assert small_file.read_bytes() == content, "the input file is never touched"
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_an_existing_output_survives_a_failed_compile(command: object, small_file: Path, tmp_path: Path) -> None:
+    out = write(tmp_path / "out.onnx", b"precious")
+    code, _, _ = command("compile", small_file, "-o", out, "--samples", nan(tmp_path))  # type: ignore[operator]
+    assert code == 2 and out.read_bytes() == b"precious"
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A real process, interrupted while it measures."""
+    body = " ".join(f"v{i + 1} = MatMul(v{i}, w)" for i in range(40))
+    rng = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32) / 16
+    model = from_text(
+        f'<ir_version: 10, opset_import: ["" : 20]> g (float[n, 256] v0, float[256, 256] w) => (y) {{ {body} y = Neg(v40) }}',
+        w=rng,
+    )
+    source = save(model, tmp_path / "in.onnx")
+    out = tmp_path / "out.onnx"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnxlathe", "compile", source, "-o", out], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 0) and "Traceback" not in err
+    if process.returncode == 130:
+        assert "nothing was left half-written" in err
+        assert {path.name for path in tmp_path.iterdir()} == {"in.onnx"}
+
+
+def test_help_is_quick_and_has_examples() -> None:
+    names = ["export", "compile", "run", "bench", "inspect", "diff", "view", "passes", "demo"]
+    start = time.perf_counter()
+    text = subprocess.run([sys.executable, "-m", "onnxlathe", "--help"], capture_output=True, text=True).stdout
+    assert time.perf_counter() - start < 2 and all(name in text for name in names)
+    for name in ("compile", "view"):
+        text = subprocess.run(
+            [sys.executable, "-m", "onnxlathe", name, "--help"], capture_output=True, text=True
+        ).stdout
+        assert f"Example: onnxlathe {name}" in text

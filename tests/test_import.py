@@ -1,0 +1,59 @@
+"""Importing is quick and light, and the layers import one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onnxlathe
+
+ROOT = Path(__file__).parent.parent
+# layer -> layers it may import from
+ALLOWED = {
+    "models": {"models"},
+    "runtime": {"runtime"},
+    "compiler": {"compiler", "runtime", "models"},
+    "passes": {"passes", "compiler", "runtime", "models"},
+    "onnxlathe": {"onnxlathe", "passes", "compiler", "runtime", "models"},
+}
+
+
+def test_import_is_quick_and_without_torch() -> None:
+    code = "import time; t = time.perf_counter(); import onnxlathe, sys; d = time.perf_counter() - t; print(d, 'torch' in sys.modules)"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() for _ in range(3)
+    ]
+    assert min(float(seconds) for seconds, _ in runs) < 0.5
+    assert all(torch == "False" for _, torch in runs)
+
+
+def test_compiling_needs_no_torch() -> None:
+    code = "import onnxlathe as l, sys; l.compile, l.Session, l.passes, l.export; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_public_names_are_there() -> None:
+    for name in onnxlathe.__all__:
+        assert getattr(onnxlathe, name) is not None
+    assert set(onnxlathe.__all__) <= set(dir(onnxlathe))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = onnxlathe.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_imports_go_one_way(layer: str) -> None:
+    files = list((ROOT / layer).glob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                if node.level == 2 or (node.level == 1 and layer == "onnxlathe"):
+                    target = module.split(".")[0] or "onnxlathe"
+                    names = {target} if target in ALLOWED else {"onnxlathe"} if layer == "onnxlathe" else {target}
+                    assert names <= ALLOWED[layer], f"{file.name} imports {module}"
+                assert not module.startswith("onnxlathe"), f"{file.name}: use relative imports inside the packages"
