@@ -54,7 +54,6 @@ def test_runs_in_a_clean_environment(wheel: Path, small_file: Path, tmp_path: Pa
     done = subprocess.run([*run, "--no-speed-gate"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert out.exists() and "no-op Identity" in done.stdout
-    where = subprocess.run(
-        [python, "-c", "import onnxlathe; print(onnxlathe.__file__)"], capture_output=True, text=True
-    )
+    command = [python, "-c", "import onnxlathe; print(onnxlathe.__file__)"]
+    where = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert str(home) in where.stdout, "the wheel's package, not the checkout's"
