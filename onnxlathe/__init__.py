@@ -39,15 +39,14 @@ _SUBPACKAGES = ("passes", "models", "runtime", "compiler")
 __all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from . import compiler, models, passes, runtime
-    from .api import compile
-    from .compiler.base import Claim, Outcome, Pass, PassContext, Refusal
-    from .compiler.export import export
-    from .compiler.export_lm import export_causal_lm
-    from .compiler.pipeline import Compiled
-    from .compiler.report import PassRecord, Report
-    from .runtime.artifact import load
-    from .runtime.errors import (
+    from onnxlathe import compiler, models, passes, runtime
+    from onnxlathe.compiler.base import Claim, Outcome, Pass, PassContext, Refusal
+    from onnxlathe.compiler.export import export
+    from onnxlathe.compiler.export_lm import export_causal_lm
+    from onnxlathe.compiler.pipeline import Compiled
+    from onnxlathe.compiler.report import PassRecord, Report
+    from onnxlathe.runtime.artifact import load
+    from onnxlathe.runtime.errors import (
         ExportError,
         LatheError,
         ModelError,
@@ -56,7 +55,9 @@ if TYPE_CHECKING:
         RuntimeUnavailable,
         VerifyError,
     )
-    from .runtime.session import Session
+    from onnxlathe.runtime.session import Session
+
+    from .api import compile
 
 
 def __getattr__(name: str) -> Any:

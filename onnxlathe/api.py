@@ -14,16 +14,16 @@ import onnx
 import onnx_ir as ir
 from rich.console import Console
 
-from .compiler.base import Pass, PassContext, no_progress
-from .compiler.load import infer_shapes, load_model
-from .compiler.pipeline import Compiled, OnError, Settings, run_pipeline
-from .compiler.verify import check_model
-from .passes.presets import resolve_passes
-from .runtime.capabilities import KernelCosts
-from .runtime.environment import environment
-from .runtime.errors import ModelError
-from .runtime.feeds import check_feeds, load_feeds, make_feeds
-from .runtime.providers import resolve_device
+from onnxlathe.compiler.base import Pass, PassContext, no_progress
+from onnxlathe.compiler.load import infer_shapes, load_model
+from onnxlathe.compiler.pipeline import Compiled, OnError, Settings, run_pipeline
+from onnxlathe.compiler.verify import check_model
+from onnxlathe.passes.presets import resolve_passes
+from onnxlathe.runtime.capabilities import KernelCosts
+from onnxlathe.runtime.environment import environment
+from onnxlathe.runtime.errors import ModelError
+from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
+from onnxlathe.runtime.providers import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def _to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
     if hasattr(model, "state_dict") and hasattr(model, "forward"):
         if args is None:
             raise ModelError("A torch module needs example inputs.", "Give compile(module, args=(...)).")
-        from .compiler.export import export
+        from onnxlathe.compiler.export import export
 
         return load_model(export(model, args))
     raise ModelError(

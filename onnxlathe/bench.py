@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .compiler.gate import shape_of
-from .compiler.load import load_model
-from .runtime.benchmark import interleaved, paired_ratio
-from .runtime.feeds import load_feeds, make_feeds
-from .runtime.session import Session
+from onnxlathe.compiler.gate import shape_of
+from onnxlathe.compiler.load import load_model
+from onnxlathe.runtime.benchmark import interleaved, paired_ratio
+from onnxlathe.runtime.feeds import load_feeds, make_feeds
+from onnxlathe.runtime.session import Session
 
 
 def print_bench(

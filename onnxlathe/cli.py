@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .runtime.errors import LatheError, ModelError, PassError
+from onnxlathe.runtime.errors import LatheError, ModelError, PassError
 
 app = typer.Typer(
     help="A compiler for ONNX models whose every rewrite is checked against what ONNX Runtime really executes.",
@@ -61,9 +61,9 @@ def export(
 
     Example: onnxlathe export zoo:minilm -o minilm.onnx
     """
-    from .compiler import export as exporter
-    from .compiler.export_lm import export_causal_lm
-    from .runtime.artifact import save
+    from onnxlathe.compiler import export as exporter
+    from onnxlathe.compiler.export_lm import export_causal_lm
+    from onnxlathe.runtime.artifact import save
 
     with _status(f"exporting {source}"):
         kind, module, args, shapes = _module(source)
@@ -135,9 +135,9 @@ def run(
     from rich.table import Table
     from rich.text import Text
 
-    from .runtime.artifact import load
-    from .runtime.feeds import load_feeds, make_feeds
-    from .runtime.session import Session
+    from onnxlathe.runtime.artifact import load
+    from onnxlathe.runtime.feeds import load_feeds, make_feeds
+    from onnxlathe.runtime.session import Session
 
     feeds = load_feeds(samples) if samples is not None else make_feeds(load(model), count=1)
     session = Session(model, device=target, threads=threads)
@@ -154,7 +154,7 @@ def run(
     if output is not None:
         import io
 
-        from .runtime.artifact import write_atomically
+        from onnxlathe.runtime.artifact import write_atomically
 
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **results)
@@ -217,7 +217,7 @@ def view(
         raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
     import netron
 
-    from .runtime.artifact import load
+    from onnxlathe.runtime.artifact import load
 
     paths = [path for path in (model, before) if path is not None]
     for path in paths:
@@ -258,7 +258,7 @@ def demo(
 
 def _passes(text: str) -> Any:
     """``preset`` or ``name:option=value:option=value,name``."""
-    from .passes.presets import PRESETS, make_pass
+    from onnxlathe.passes.presets import PRESETS, make_pass
 
     if text in PRESETS:
         return text
@@ -284,7 +284,7 @@ def _literal(text: str) -> Any:
 def _module(source: str) -> tuple[str, Any, Any, Any]:
     """What to export: kind, module, args, dynamic shapes."""
     if source.startswith("zoo:"):
-        from .models import zoo
+        from onnxlathe.models import zoo
 
         if source[4:] not in zoo.names():
             raise ModelError(f"The zoo has no {source[4:]!r}.", f"It has: {', '.join(zoo.names())}.")
@@ -312,7 +312,7 @@ def _module(source: str) -> tuple[str, Any, Any, Any]:
 
 
 def _size(path: Path) -> str:
-    from .compiler.report import format_bytes
+    from onnxlathe.compiler.report import format_bytes
 
     data = [file for file in path.parent.glob(f"{path.name}.*data") if file.is_file()]
     return format_bytes(sum(file.stat().st_size for file in [path, *data]))

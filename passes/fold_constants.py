@@ -60,16 +60,15 @@ class FoldConstants(Pass):
         names = Names(model)
         while (found := self._fold(model, names)).changed:  # a folded result may be what another node waited for
             outcome.counts += found.counts
-            outcome.notes += found.notes
             remove_dead(model)
-        outcome.refusals = found.refusals
+        outcome.refusals, outcome.notes = found.refusals, found.notes
         return outcome
 
     def _fold(self, model: ir.Model, names: Names) -> Outcome:
         outcome, shapes = Outcome(), SymbolicShapes(model)
         for graph in model.graphs():
             self._fold_shapes(graph, shapes, names, outcome)
-            self._fold_nodes(graph, shapes, names, outcome)
+            self._fold_nodes(graph, model.opset_imports, shapes, names, outcome)
         return outcome
 
     def _fold_shapes(self, graph: ir.Graph, shapes: SymbolicShapes, names: Names, outcome: Outcome) -> None:
@@ -83,7 +82,9 @@ class FoldConstants(Pass):
                 value.replace_all_uses_with(add_initializer(graph, names, f"{value.name}_folded", array))
                 outcome.counts["shape arithmetic"] += 1
 
-    def _fold_nodes(self, graph: ir.Graph, shapes: SymbolicShapes, names: Names, outcome: Outcome) -> None:
+    def _fold_nodes(
+        self, graph: ir.Graph, opsets: dict[str, int], shapes: SymbolicShapes, names: Names, outcome: Outcome
+    ) -> None:
         folded = self._choose(graph, shapes, outcome)
         wanted = [
             value for node in folded for value in node.outputs if any(use.node not in folded for use in value.uses())
@@ -91,7 +92,7 @@ class FoldConstants(Pass):
         if not wanted:
             return
         try:
-            results = _evaluate(graph, wanted)
+            results = _evaluate(graph, opsets, wanted)
         except ModelError as error:
             outcome.notes.append(f"{len(folded)} constant nodes could not be evaluated: {error.what}")
             return
@@ -166,9 +167,10 @@ def _predicted_bytes(value: ir.Value, shapes: SymbolicShapes) -> int | None:
     return math.ceil(math.prod(number for number, _ in dims) * value.dtype.itemsize)
 
 
-def _evaluate(graph: ir.Graph, wanted: list[ir.Value]) -> list[Array]:
+def _evaluate(graph: ir.Graph, opsets: dict[str, int], wanted: list[ir.Value]) -> list[Array]:
     """The arrays of ``wanted``, which depend on initializers only."""
     part = ir.convenience.extract(graph, inputs=[], outputs=wanted)
+    part.opset_imports.update(opsets)  # a body has none of its own
     model = ir.Model(part, ir_version=10)
     names = [value.name or "" for value in part.outputs]
     for value in part.outputs:

@@ -39,7 +39,8 @@ def _dropout(node: ir.Node) -> ir.Value | None:
     training = constant(node.inputs[2], limit=1) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     if len(node.inputs) > 2 and node.inputs[2] is not None and (training is None or training.any()):
         return None
-    return None if len(node.outputs) > 1 and node.outputs[1].uses() else node.inputs[0]
+    mask_is_read = len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
+    return None if mask_is_read else node.inputs[0]
 
 
 def _cast(node: ir.Node) -> ir.Value | None:

@@ -92,7 +92,7 @@ def ops(model: ir.Model) -> dict[str, int]:
 
 
 def inside_if(model: ir.Model) -> ir.Model:
-    """``model`` with its nodes and initializers in the then-branch of an If; the else-branch gives zeros."""
+    """``model`` with its nodes and initializers in the then-branch of an If; the else-branch is noise."""
     outer = model.clone()
     graph = outer.graph
     branch_outputs = list(graph.outputs)
@@ -103,11 +103,11 @@ def inside_if(model: ir.Model) -> ir.Model:
     graph.initializers.clear()
     graph.remove(nodes)
     then = ir.Graph([], branch_outputs, nodes=nodes, initializers=initializers, name="then")
-    zeros = [_zeros(value) for value in branch_outputs]
+    noise = [_noise(value) for value in branch_outputs]
     otherwise = ir.Graph(
         [],
-        [node.outputs[0] for group in zeros for node in group[-1:]],
-        nodes=[node for group in zeros for node in group],
+        [group[-1].outputs[0] for group in noise],
+        nodes=[node for group in noise for node in group],
         name="else",
     )
     take = ir.Value(name="take", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
@@ -131,14 +131,13 @@ def with_external_data(model: ir.Model, folder: Path) -> ir.Model:
     return load(path)
 
 
-def _zeros(value: ir.Value) -> list[ir.Node]:
-    shape = ir.Value(name=f"{value.name}_shape", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None]))
+def _noise(value: ir.Value) -> list[ir.Node]:
+    """Something of the right type and rank that no pass touches: random numbers, never run."""
     rank = len(value.shape) if value.shape is not None else 1
-    tensor = ir.tensor(np.zeros(rank, np.int64), name=f"{value.name}_dims")
-    first = ir.node("Constant", [], attributes={"value": tensor}, outputs=[shape], name=f"{value.name}_dims")
-    fill = ir.tensor(np.zeros(1, value.dtype.numpy() if value.dtype else np.float32))
-    result = ir.Value(name=f"{value.name}_zeros", type=value.type)
-    second = ir.node(
-        "ConstantOfShape", [shape], attributes={"value": fill}, outputs=[result], name=f"{value.name}_zeros"
-    )
-    return [first, second]
+    drawn = ir.Value(name=f"{value.name}_noise", type=ir.TensorType(ir.DataType.FLOAT))
+    draw = ir.node("RandomNormal", [], attributes={"shape": [1] * rank}, outputs=[drawn], name=f"{value.name}_noise")
+    if value.dtype in (ir.DataType.FLOAT, None):
+        return [draw]
+    cast = ir.Value(name=f"{value.name}_cast", type=value.type)
+    to = {"to": int(value.dtype)}
+    return [draw, ir.node("Cast", [drawn], attributes=to, outputs=[cast], name=f"{value.name}_cast")]
