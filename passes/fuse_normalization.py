@@ -81,9 +81,7 @@ class FuseNormalization(Pass):
                 kind = "LayerNormalization" if match.centred else "RMSNormalization"
                 needed = _LAYER_OPSET if match.centred else _RMS_OPSET
                 if opset(model) < needed:
-                    raise _Refused(
-                        f"{kind} needs opset {needed}, the model has {opset(model)}: run upgrade-opset first"
-                    )
+                    raise _Refused(f"{kind} needs opset {needed}, not {opset(model)}: run upgrade-opset first")
                 self._write(kind, match, names, shapes)
                 outcome.counts[kind] += 1
             except _Refused as refusal:
@@ -162,6 +160,8 @@ def _over_last_axis(reduce: ir.Node, value: ir.Value) -> None:
 
 def _epsilon(anchor: ir.Node, nodes: list[ir.Node]) -> tuple[ir.Node, float]:
     add = only_consumer(anchor.outputs[0])
+    if add is None and any(is_op(use.node, "Add") for use in anchor.outputs[0].uses()):
+        raise _Refused(f"the mean of squares {anchor.outputs[0].name} is also used elsewhere")
     if add is None or not is_op(add, "Add"):
         raise _Refused("")
     numbers = [number for number in map(scalar, add.inputs) if number is not None]

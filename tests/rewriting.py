@@ -70,7 +70,7 @@ def rewrite(
         deep_model = inner.clone()
         step(deep_model, context)
         check_structure(deep_model)
-        deep_samples = [{**sample, "take": np.array(True)} for sample in samples]
+        deep_samples = [{**sample, "take": np.array([True])} for sample in samples]
         error, output = compare(run_reference(inner, deep_samples), run_reference(deep_model, deep_samples))
         assert error <= allowed, f"{output} differs by {error:.2e} inside a subgraph"
     return after, outcome
@@ -92,7 +92,7 @@ def ops(model: ir.Model) -> dict[str, int]:
 
 
 def inside_if(model: ir.Model) -> ir.Model:
-    """``model`` with its nodes and initializers in the then-branch of an If; the else-branch is noise."""
+    """``model`` with its nodes and initializers in the then-branch of an If; the else-branch is a filler."""
     outer = model.clone()
     graph = outer.graph
     branch_outputs = list(graph.outputs)
@@ -103,19 +103,11 @@ def inside_if(model: ir.Model) -> ir.Model:
     graph.initializers.clear()
     graph.remove(nodes)
     then = ir.Graph([], branch_outputs, nodes=nodes, initializers=initializers, name="then")
-    noise = [_noise(value) for value in branch_outputs]
-    otherwise = ir.Graph(
-        [],
-        [group[-1].outputs[0] for group in noise],
-        nodes=[node for group in noise for node in group],
-        name="else",
-    )
-    take = ir.Value(name="take", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    take = ir.Value(name="take", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
     graph.inputs.append(take)
-    results = [
-        ir.Value(name=f"{name}_if", type=value.type, shape=value.shape)
-        for name, value in zip(names, branch_outputs, strict=True)
-    ]
+    fillers, filled = _fillers(branch_outputs, take)
+    otherwise = ir.Graph([], filled, nodes=fillers, name="else")
+    results = [ir.Value(name=f"{name}_if", type=value.type) for name, value in zip(names, branch_outputs, strict=True)]
     choose = ir.node(
         "If", [take], attributes={"then_branch": then, "else_branch": otherwise}, outputs=results, name="choose"
     )
@@ -131,13 +123,20 @@ def with_external_data(model: ir.Model, folder: Path) -> ir.Model:
     return load(path)
 
 
-def _noise(value: ir.Value) -> list[ir.Node]:
-    """Something of the right type and rank that no pass touches: random numbers, never run."""
-    rank = len(value.shape) if value.shape is not None else 1
-    drawn = ir.Value(name=f"{value.name}_noise", type=ir.TensorType(ir.DataType.FLOAT))
-    draw = ir.node("RandomNormal", [], attributes={"shape": [1] * rank}, outputs=[drawn], name=f"{value.name}_noise")
-    if value.dtype in (ir.DataType.FLOAT, None):
-        return [draw]
-    cast = ir.Value(name=f"{value.name}_cast", type=value.type)
-    to = {"to": int(value.dtype)}
-    return [draw, ir.node("Cast", [drawn], attributes=to, outputs=[cast], name=f"{value.name}_cast")]
+def _fillers(values: list[ir.Value], take: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes that make something of the right types from ``take``, and that no pass can simplify."""
+    sources: dict[ir.DataType, ir.Value] = {}
+    nodes: list[ir.Node] = []
+    results: list[ir.Value] = []
+    for number, value in enumerate(values):
+        dtype = value.dtype or ir.DataType.FLOAT
+        if dtype not in sources:
+            sources[dtype] = ir.Value(name=f"source_{number}", type=ir.TensorType(dtype))
+            cast = {} if dtype == ir.DataType.BOOL else {"to": int(dtype)}
+            op = "Cast" if cast else "Not"
+            nodes.append(ir.node(op, [take], attributes=cast, outputs=[sources[dtype]], name=f"source_{number}"))
+        results.append(ir.Value(name=f"{value.name}_filler", type=ir.TensorType(dtype)))
+        parts = [sources[dtype]] * (number + 2)
+        name = f"{value.name}_filler"
+        nodes.append(ir.node("Concat", parts, attributes={"axis": 0}, outputs=[results[-1]], name=name))
+    return nodes, results

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxlathe.compiler.base import PassContext
 from onnxlathe.passes import UpgradeOpset
 from rewriting import from_text, refused, rewrite, with_external_data
 
@@ -36,6 +37,14 @@ def test_meaning_kept(opset: int) -> None:
 def test_new_enough_is_left_alone() -> None:
     refused(UpgradeOpset(), build(23, "y = Relu(x)"), nested=False)
     refused(UpgradeOpset(to=17), build(20, "y = Relu(x)"), nested=False)
+
+
+def test_operator_whose_new_version_has_no_kernel() -> None:
+    model = build(20, "r = RandomNormalLike<seed=1.0>(x) y = Sub(x, r)")
+    after = model.clone()
+    outcome = UpgradeOpset()(after, PassContext())
+    assert not outcome.changed and after.opset_imports[""] == 20
+    assert "RandomNormalLike" in outcome.refusals[0].reason
 
 
 def test_external_data(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""FuseLinear: scales and biases into weights, Gemm, and where the weight belongs to others too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxlathe.compiler.graph import constant
+from onnxlathe.passes import FuseLinear
+from rewriting import from_text, ops, refused, rewrite, with_external_data
+
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((6, 30)).astype(np.float32)
+CONSTANTS = {
+    "w": W,
+    "v": RNG.standard_normal((30, 30)).astype(np.float32),
+    "b": RNG.standard_normal(30).astype(np.float32),
+    "b2": RNG.standard_normal(30).astype(np.float32),
+    "c": np.float32(0.25),
+    "one": np.ones((1, 1, 1, 1), np.float32),
+    "matrix": RNG.standard_normal((3, 30)).astype(np.float32),
+}
+
+
+def build(body: str, x: str = "float[n, s, 6]", outputs: str = "y") -> ir.Model:
+    words = set(re.findall(r"\w+", body))
+    used = {name: array for name, array in CONSTANTS.items() if name in words}
+    declared = [f"float[{','.join(map(str, a.shape))}] {name}" for name, a in used.items()]
+    text = (
+        f'<ir_version: 10, opset_import: ["" : 20]> l ({", ".join([f"{x} x", *declared])}) => ({outputs}) {{ {body} }}'
+    )
+    return from_text(text, **used)
+
+
+@pytest.mark.parametrize(
+    ("body", "factor"),
+    [
+        ("p = MatMul(x, w) y = Mul(p, c)", 0.25),
+        ("p = MatMul(x, w) y = Mul(c, p)", 0.25),
+        ("p = MatMul(x, w) y = Div(p, c)", 4.0),
+        ("p = Mul(x, c) y = MatMul(p, w)", 0.25),
+        ("p = Div(x, c) y = MatMul(p, w)", 4.0),
+    ],
+)
+def test_scale_goes_into_the_weight(body: str, factor: float) -> None:
+    after, outcome = rewrite(FuseLinear(), build(body))
+    assert ops(after) == {"MatMul": 1} and outcome.counts == {"scale folded into weight": 1}
+    assert np.allclose(constant(next(iter(after.graph)).inputs[1]), W * np.float32(factor))
+
+
+def test_two_biases_become_one() -> None:
+    after, outcome = rewrite(FuseLinear(), build("p = MatMul(x, w) a = Add(p, b) y = Add(b2, a)"))
+    assert ops(after) == {"MatMul": 1, "Add": 1} and outcome.counts == {"biases merged": 1}
+
+
+def test_gemm_for_matrices_only() -> None:
+    body = "p = MatMul(x, w) y = Add(p, b)"
+    after, _ = rewrite(FuseLinear(), build(body, x="float[n, 6]"))
+    assert ops(after) == {"Gemm": 1}
+    refused(FuseLinear(), build(body))
+
+
+def test_all_together() -> None:
+    body = "q = Mul(x, c) p = MatMul(q, w) a = Add(p, b) d = Add(a, b2) y = Relu(d)"
+    after, _ = rewrite(FuseLinear(), build(body, x="float[n, 6]"))
+    assert ops(after) == {"Gemm": 1, "Relu": 1}
+
+
+NEAR_MISSES = {
+    "weight shared": ("p = MatMul(x, w) s = Mul(p, c) q = MatMul(x, w) y = Add(s, q)", "y", "also used elsewhere"),
+    "product read elsewhere": ("p = MatMul(x, w) y = Mul(p, c) z = Neg(p)", "y, z", "also used elsewhere"),
+    "scaled input read elsewhere": ("p = Mul(x, c) y = MatMul(p, w) z = Neg(p)", "y, z", "also used elsewhere"),
+    "constant of higher rank": ("p = MatMul(x, w) y = Mul(p, one)", "y", ""),
+    "vector, not a number": ("p = MatMul(x, w) y = Mul(p, b)", "y", ""),
+    "number over product": ("p = MatMul(x, w) y = Div(c, p)", "y", ""),
+    "bias is a matrix": ("p = MatMul(x, w) y = Add(p, matrix)", "y", ""),
+    "biased product read elsewhere": ("p = MatMul(x, w) a = Add(p, b) y = Add(a, b2) z = Neg(a)", "y, z", ""),
+}
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES)
+def test_near_misses(case: str) -> None:
+    body, outputs, reason = NEAR_MISSES[case]
+    feeds = [{"x": np.ones((2, 3, 6), np.float32)}]
+    refused(FuseLinear(), build(body, outputs=outputs), reason, feeds=feeds)
+
+
+def test_product_read_elsewhere_makes_no_gemm() -> None:
+    model = build("p = MatMul(x, w) y = Add(p, b) z = Neg(p)", x="float[n, 6]", outputs="y, z")
+    refused(FuseLinear(), model, "also used elsewhere")
+
+
+def test_external_data(tmp_path: Path) -> None:
+    model = with_external_data(build("p = MatMul(x, w) m = MatMul(p, v) y = Mul(m, c)"), tmp_path)
+    after, _ = rewrite(FuseLinear(), model, nested=False)
+    assert ops(after) == {"MatMul": 2}
+    assert isinstance(after.graph.initializers["w"].const_value, ir.ExternalTensor), "not touched, so not loaded"
