@@ -49,7 +49,7 @@ def test_ci_installs_and_tests_by_the_lines_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     arguments = re.search(r"pip install (.*?) &&", install)
     assert arguments is not None
-    assert re.search(rf"pip install (-q )?{re.escape(arguments[1])}\n", script)
+    assert f"pip install -q {arguments[1]}\n" in script
     assert test.removeprefix(".venv/bin/") in script
 
 
