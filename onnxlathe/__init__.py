@@ -7,9 +7,14 @@ The public names are re-exported lazily, so that ``import onnxlathe`` costs noth
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HERE = Path(__file__).parent
+if not (_HERE / "runtime").is_dir():  # Python started in a checkout: the other packages lie beside this folder
+    __path__.append(str(_HERE.parent))
 
 # name -> module that defines it, relative to this package
 _EXPORTS = {

@@ -36,6 +36,13 @@ def test_compiling_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
+def test_python_started_in_the_checkout_finds_the_packages() -> None:
+    """There the folder ``onnxlathe`` is found first, and holds the face only."""
+    code = "import onnxlathe, onnxlathe.models.zoo; print(onnxlathe.Session, onnxlathe.passes.PASSES)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names_are_there() -> None:
     for name in onnxlathe.__all__:
         assert getattr(onnxlathe, name) is not None
