@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..runtime.benchmark import interleaved, paired_ratio
-from ..runtime.inference import open_session, session_options
+from ..runtime.inference import open_session, run_session, session_options
 from ..runtime.providers import Device
 from .report import Speed
 
@@ -50,6 +50,8 @@ def measure_speed(
     ratios: dict[str, float] = {}
     noise = _LEAST_NOISE
     for sample in feeds:
+        for session in sessions:
+            run_session(session, sample)  # what fails here is said as a ModelError
         runs = [functools.partial(session.run, None, dict(sample)) for session in sessions]
         old, new = interleaved(runs, budget=budget)
         ratios[shape_of(sample)], spread = paired_ratio(old, new)

@@ -23,7 +23,8 @@ from onnxlathe.runtime.capabilities import KernelCosts
 from onnxlathe.runtime.environment import environment
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
-from onnxlathe.runtime.providers import resolve_device
+from onnxlathe.runtime.inference import open_session, run_session, session_options
+from onnxlathe.runtime.providers import Device, resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def compile(
         check_model(graph)
         samples = _samples(graph, calibration, seed)
         gate = preset_gate if speed_gate is None else speed_gate
-        timed = (samples[:2] if calibration is not None else _timed(graph, seed)) if gate else []
+        timed = (samples[:2] if calibration is not None else _timed(graph, seed, device)) if gate else []
         context = PassContext(
             device=device,
             threads=threads,
@@ -130,12 +131,20 @@ def _samples(graph: ir.Model, calibration: Samples | None, seed: int) -> list[di
     return samples
 
 
-def _timed(graph: ir.Model, seed: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+def _timed(graph: ir.Model, seed: int, device: Device) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Made samples for the speed gate: those of the usual sizes that the model can run, else one of those checked."""
     cached = any("past" in (value.name or "") for value in graph.graph.inputs)
     sizes = _TIMED_DECODER if cached else _TIMED_ENCODER
     samples = [make_feeds(graph, seed, 1, size)[0] for size in sizes]
-    same = all(samples[0][name].shape == samples[1][name].shape for name in samples[0])
-    return samples[:1] if same else samples  # a model without symbolic dims has one shape
+    if all(samples[0][name].shape == samples[1][name].shape for name in samples[0]):
+        samples = samples[:1]  # a model without symbolic dims has one shape
+    session = open_session(graph, session_options(optimize=False), device)
+    usable: list[dict[str, np.ndarray[Any, Any]]] = []
+    for sample in samples:
+        with contextlib.suppress(ModelError):  # longer than the model's table of positions, for one
+            run_session(session, sample)
+            usable.append(sample)
+    return usable or make_feeds(graph, seed, 1)
 
 
 @contextlib.contextmanager

@@ -167,12 +167,12 @@ def _bind_dims(inputs: Iterable[ir.Value], number: int, bound: dict[str, int]) -
     for value in inputs:
         for axis, dim in enumerate(value.shape or ()):
             name = None if isinstance(dim, int) else dim.value
+            if name and _PAST.search(name) and not _TOTAL.search(name):
+                past = chosen[name] = chosen.get(name, bound.get("past_sequence", 0 if number == 0 else 5))
             if not name or name in chosen:
                 continue
             if _TOTAL.search(name):
                 totals.append(name)
-            elif _PAST.search(name):
-                past = chosen[name] = bound.get("past_sequence", 0 if number == 0 else 5)
             elif axis == 0:
                 chosen[name] = bound.get("batch", 1 + number % 2)
             else:

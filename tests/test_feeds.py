@@ -66,6 +66,9 @@ def test_total_length_is_past_and_new(past: str, total: str) -> None:
     for sample in make_feeds(model, count=3):
         cached = sample["past_key"].shape[2]
         assert sample["attention_mask"].shape[1] == sample["input_ids"].shape[1] + cached
+    sizes = {"batch": 1, "sequence": 1, "past_sequence": 128}
+    sample = make_feeds(model, count=1, sizes=sizes)[0]
+    assert sample["past_key"].shape[2] == 128 and sample["attention_mask"].shape[1] == 129, "given sizes count too"
 
 
 def test_strings_cannot_be_made() -> None:

@@ -125,6 +125,19 @@ def test_passes_that_must_gain_are_dropped_when_they_do_not(
     assert compile(small_model, Change(), speed_gate=True).report.passes[0].status == "dropped"
 
 
+def test_the_gate_measures_sizes_that_the_model_can_run() -> None:
+    """This one knows 40 positions; 128 is too long for it."""
+    from rewriting import from_text
+
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (int64[batch, n] ids, float[40, 8] table) => (y) {
+      shape = Shape(ids)  i = Constant<value_int = 1>()  n = Gather(shape, i)  zero = Constant<value_int = 0>()
+      one = Constant<value_int = 1>()  positions = Range(zero, n, one)  p = Gather(table, positions)  y = Relu(p)
+    }"""
+    model = from_text(text, table=np.ones((40, 8), np.float32))
+    out = lathe.compile(model, ["cleanup"], speed_gate=True, progress=False)
+    assert out.report.speed is not None and list(out.report.speed.samples) == ["(1,16)"]
+
+
 def test_unverified_compile_says_nothing_about_numbers(small_model: ir.Model) -> None:
     out = compile(small_model, Change("wrong"), verify=False)
     assert out.report.error is None and out.report.passes[0].error is None
