@@ -58,8 +58,7 @@ def export_causal_lm(model: Any, *, opset: int | None = None, check: bool = True
         raise ExportError(
             "Exporting a language model needs transformers 5.", 'Install it: pip install "onnxlathe[hf]".'
         ) from error
-    takes = inspect.signature(model.forward).parameters if hasattr(model, "forward") else {}
-    if "past_key_values" not in takes or not hasattr(model, "config"):
+    if _cache_argument(model) is None or not hasattr(model, "config"):
         raise ExportError(
             f"{type(model).__name__} is not a Hugging Face causal language model with a key/value cache.",
             "Use onnxlathe.export for other modules.",
@@ -77,6 +76,12 @@ def export_causal_lm(model: Any, *, opset: int | None = None, check: bool = True
     return graph
 
 
+def _cache_argument(model: Any) -> str | None:
+    """What ``forward`` calls its cache: ``past_key_values``, from transformers 5.24 on ``cache``; None without one."""
+    takes = inspect.signature(model.forward).parameters if hasattr(model, "forward") else {}
+    return next((name for name in ("past_key_values", "cache") if name in takes), None)
+
+
 def _decoder(model: Any) -> torch.nn.Module:
     """``model`` with its cache as plain tensors: they are what an ONNX graph can take and return.
 
@@ -85,6 +90,8 @@ def _decoder(model: Any) -> torch.nn.Module:
     """
     import torch
     from transformers import DynamicCache
+
+    argument = _cache_argument(model)
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -95,10 +102,8 @@ def _decoder(model: Any) -> torch.nn.Module:
             self, input_ids: Any, attention_mask: Any, position_ids: Any = None, past_key_values: Any = ()
         ) -> dict[str, Any]:
             cache = DynamicCache([(layer["key"], layer["value"]) for layer in past_key_values])
-            positions = {} if position_ids is None else {"position_ids": position_ids}
-            result = self.lm(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
-            )
+            given = {argument: cache} if position_ids is None else {argument: cache, "position_ids": position_ids}
+            result = self.lm(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **given)
             layers: Any = cache.layers
             present = [{"key": layer.keys, "value": layer.values} for layer in layers]
             return {"logits": result.logits, "present": present}
@@ -116,7 +121,7 @@ def _cache_shapes(model: Any) -> _Layers:
 
     try:
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **{_cache_argument(model): cache})
         return [
             ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3]))
             for layer in cache.layers
@@ -214,7 +219,8 @@ def _check_steps(session: Any, model: Any, past: dict[str, Any], steps: tuple[in
         }
         tokens = {key: value for key, value in tokens.items() if key in wanted}
         on_device = {key: value.to(model.device) for key, value in tokens.items()}
-        expected = to_numpy("The output", model(**on_device, past_key_values=cache, use_cache=True).logits)
+        result = model(**on_device, use_cache=True, **{_cache_argument(model): cache})
+        expected = to_numpy("The output", result.logits)
         got = run_session(session, {**{key: value.numpy() for key, value in tokens.items()}, **past})
 
         sample = f"{name} of {batch} sequence(s)" + (f" with {padding} tokens of left padding" if padding else "")

@@ -132,9 +132,7 @@ def check_model(model: ir.Model) -> None:
 
 def run_reference(model: ir.Model, feeds: Sequence[Mapping[str, Array]], device: Device = "cpu") -> Results:
     """Runs ``model`` on every sample with ORT's own optimizations and weight repacking off."""
-    options = session_options(optimize=False)
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    session = open_session(model, options, device)
+    session = open_session(model, session_options(optimize=False, repack=False), device)
     return [run_session(session, sample) for sample in feeds]
 
 

@@ -177,7 +177,7 @@ def _evaluate(graph: ir.Graph, opsets: dict[str, int], wanted: list[ir.Value]) -
         if value.type is None:
             value.type = ir.TensorType(ir.DataType.UNDEFINED)
     try:
-        results: dict[str, Any] = run_session(open_session(model, session_options(optimize=False)), {})
+        results: dict[str, Any] = run_session(open_session(model, session_options(optimize=False, repack=False)), {})
     except ModelError as error:
         results = _evaluate_by_reference(ir.to_proto(model), names, error)
     return [np.asarray(results[name]) for name in names]

@@ -25,11 +25,13 @@ class Preset:
     speed_gate: bool
 
 
-_CLEAN = ("cleanup", "simplify-shapes", "fold-constants", "cleanup")
+_CLEAN = ("cleanup", "simplify-shapes", "fold-constants")
 _FUSE = ("fuse-gelu", "fuse-normalization", "fuse-attention", "fuse-qkv", "fuse-linear", "split-skip-normalization")
 
 PRESETS: dict[str, Preset] = {
-    "basic": Preset("Same operators, less of them: dead, duplicate and constant work removed.", _CLEAN, False),
+    "basic": Preset(
+        "Same operators, less of them: dead, duplicate, constant work removed.", (*_CLEAN, "cleanup"), False
+    ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),
 }
 

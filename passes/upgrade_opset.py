@@ -46,7 +46,7 @@ class UpgradeOpset(Pass):
         trial = model.clone()
         try:
             self._convert(trial)
-            open_session(trial, session_options(optimize=False), context.device)
+            open_session(trial, session_options(optimize=False, repack=False), context.device)
         except ModelError as error:
             anchor = next(iter(model.graph))
             outcome.refuse(anchor, f"opset {version} -> {self.to}", f"it would not run any more: {error.what}")

@@ -17,6 +17,7 @@ from .providers import Device, providers_for
 
 # Smaller tensors stay in the serialized graph, where ORT's shape inference and constant folding read them.
 _INLINE_BYTES = 1024
+_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _NATIVE = {np.dtype(code) for code in "fdebhilqBHILQ?"}
 
 
@@ -29,13 +30,15 @@ class LatheInferenceSession(ort.InferenceSession):
 
 
 def session_options(
-    *, threads: int = 0, optimize: bool = True, ort_config: Mapping[str, Any] | None = None
+    *, threads: int = 0, optimize: bool = True, repack: bool = True, ort_config: Mapping[str, Any] | None = None
 ) -> ort.SessionOptions:
     """Session options for a run.
 
     Args:
         threads: intra-op threads, 0 for ONNX Runtime's default.
         optimize: whether ORT may run its own graph optimizations.
+        repack: whether kernels may keep their own copies of weights and memory between runs; without, memory-mapped
+            weights stay on disk.
         ort_config: what the artifact asks for: ``{"config_entries": {key: value}}`` and/or
             ``{"graph_optimization_level": "disable|basic|extended|all"}``.
     """
@@ -50,6 +53,9 @@ def session_options(
         "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }[level]
+    if not repack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False  # it grows by doubling, and such a session runs once
     for key, value in config.get("config_entries", {}).items():
         options.add_session_config_entry(key, value)
     return options
@@ -62,16 +68,18 @@ def open_session(
 ) -> LatheInferenceSession:
     """Opens ``source`` in ONNX Runtime.
 
-    Weights of an ``onnx_ir.Model`` are handed over as they lie in memory (or in the memory-mapped file), so models of
-    any size open without a copy and without the 2 GB limit of protobuf.
+    Weights of an ``onnx_ir.Model`` stay outside the serialized graph: those in external files are mapped by ORT, the
+    others are handed over in memory; so the 2 GB limit of protobuf does not matter.
 
     Raises:
         ModelError: ONNX Runtime refuses the model; the message names the reason.
     """
     try:
         if isinstance(source, ir.Model):
-            with weights_outside(source) as (names, values):
+            with weights_outside(source) as (names, values, folder):
                 content = ir.to_proto(source).SerializeToString()
+            if folder:
+                options.add_session_config_entry(_FOLDER_KEY, str(Path(folder).resolve()))
             if names:
                 options.add_external_initializers(names, values)
             return LatheInferenceSession(content, options, device, values)
@@ -98,17 +106,26 @@ def run_session(
 
 
 @contextlib.contextmanager
-def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any]]]:
-    """Swaps large initializers for external placeholders while the graph is serialized, then puts them back."""
+def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any], str]]:
+    """Takes large initializers out of the graph while it is serialized, then puts them back.
+
+    Yields names and values to hand over in memory, and the folder of the file that the other large initializers stay
+    in: those that already are in external files are mapped by ORT itself, which copies what it gets in memory.
+    """
     names: list[str] = []
     values: list[Any] = []
     originals: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    folder = ""
     try:
         for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
             tensor = value.const_value
             if tensor is None:
                 continue
-            if value.graph is model.graph and _can_be_handed_over(value, tensor):
+            large = value.graph is model.graph and _can_be_handed_over(value, tensor)
+            if large and isinstance(tensor, ir.ExternalTensor) and folder in ("", str(tensor.base_dir)):
+                folder = str(tensor.base_dir)
+                continue
+            if large:
                 name = value.name or ""
                 names.append(name)
                 values.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy())))
@@ -120,7 +137,7 @@ def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any]]]:
                 continue
             originals.append((value, tensor))
             value.const_value = replacement
-        yield names, values
+        yield names, values, folder
     finally:
         for value, tensor in originals:
             value.const_value = tensor

@@ -1,0 +1,183 @@
+"""Honest comparisons: each side alone in its process, in turns, warm, medians; results as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import python_of, versions
+
+from onnxlathe.runtime.artifact import write_atomically
+from onnxlathe.runtime.environment import environment
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+@dataclasses.dataclass
+class Side:
+    """One row of a comparison.
+
+    Attributes:
+        name: how it is called in the table.
+        kind: what ``worker.py`` loads it with.
+        model: path, or the zoo's name for PyTorch.
+        python: environment, see ``peers.py``.
+        note: what to know about it, e.g. how many attentions were fused.
+        failure: why there are no figures.
+    """
+
+    name: str
+    kind: str
+    model: str
+    python: str = "ours"
+    note: str = ""
+    failure: str = ""
+
+
+class Worker:
+    """A side's process; idle it waits on a pipe (ORT's threads spin for milliseconds, then sleep)."""
+
+    def __init__(self, side: Side, threads: int) -> None:
+        command = [python_of(side.python), HERE / "worker.py", side.kind, side.model, str(threads)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._read()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends one request and waits for the answer."""
+        if self._process.stdin is None:
+            raise RuntimeError("closed")
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            error = (self._process.stderr.read() if self._process.stderr else "").strip().splitlines()
+            raise RuntimeError(error[-1][:200] if error else "the process ended")
+        return json.loads(line)
+
+
+def compare(
+    sides: list[Side], samples: dict[str, Path], *, threads: int, rounds: int, seconds: float, reference: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Measures all sides on all samples in turns.
+
+    Args:
+        sides: what to measure; the first is the baseline.
+        samples: label -> ``.npz`` with the inputs.
+        threads: threads of every side.
+        rounds: how often each side gets its turn.
+        seconds: about how long a turn takes.
+        reference: label -> expected output, for the error column.
+
+    Returns:
+        ``{side: {label: {"median", "ratio", "spread", "error"}}}``; the ratio is baseline / side, above 1 is faster.
+    """
+    workers: dict[str, Worker] = {}
+    results: dict[str, dict[str, Any]] = {side.name: {} for side in sides}
+    for side in sides:
+        if side.failure:
+            continue
+        try:
+            workers[side.name] = Worker(side, threads)
+        except RuntimeError as error:
+            side.failure = str(error)
+    try:
+        for label, path in samples.items():
+            times = _turns(workers, sides, label, path, rounds, seconds, reference.get(label), results)
+            baseline = times.get(sides[0].name, [])
+            for name, values in times.items():
+                ratios = [a / b for a, b in zip(baseline, values, strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                results[name][label].update(
+                    median=statistics.median(values), ratio=middle, spread=(high - low) / 2 / middle
+                )
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return results
+
+
+def _turns(
+    workers: dict[str, Worker],
+    sides: list[Side],
+    label: str,
+    path: Path,
+    rounds: int,
+    seconds: float,
+    expected: Any,
+    results: dict[str, dict[str, Any]],
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {}
+    calls: dict[str, int] = {}
+    for side in sides:
+        worker = workers.get(side.name)
+        if worker is None:
+            continue
+        try:
+            worker.ask(load=str(path))
+            worker.ask(run=5)
+            once = statistics.median(worker.ask(run=5)["seconds"])
+            output = path.with_suffix(".out.npy")
+            worker.ask(outputs=str(output))
+            results[side.name][label] = {"error": _error(expected, np.load(output)) if expected is not None else None}
+            calls[side.name] = max(3, int(seconds / once))
+            times[side.name] = []
+        except RuntimeError as error:
+            side.failure = str(error)
+            workers.pop(side.name).close()
+    for number in range(rounds):
+        order = list(times)
+        for index in range(len(order)):
+            name = order[(index + number) % len(order)]
+            measured = workers[name].ask(run=calls[name])["seconds"]
+            times[name].append(statistics.median(measured[1:]))
+    return times
+
+
+def _error(expected: Any, got: Any) -> float:
+    if expected.shape != got.shape:
+        return float("inf")
+    return float(np.abs(expected.astype(np.float64) - got).max() / np.abs(expected).max())
+
+
+def prepare(tool: str, source: Path, target: Path, python: str, timeout: float = 300) -> dict[str, Any]:
+    """Runs ``prepare.py`` in a fresh process; ``{"failure": why}`` where it did not work."""
+    command = [python_of(python), HERE / "prepare.py", tool, source, target]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"not done after {timeout:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return {"failure": lines[-1][:160] if lines else f"exit code {done.returncode}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_result(name: str, threads: int, content: dict[str, Any], pythons: set[str]) -> Path:
+    """Writes ``benchmarks/results/NAME.json`` with the environment that made it."""
+    RESULTS.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    head = {
+        "environment": {**environment(threads), "command": " ".join(["python", *sys.argv])},
+        "commit": commit.stdout.strip(),
+        "peers": {python: versions(python) for python in sorted(pythons - {"ours"})},
+    }
+    path = RESULTS / f"{name}.json"
+    write_atomically(path, (json.dumps({**head, **content}, indent=1) + "\n").encode())
+    return path

@@ -1,0 +1,145 @@
+"""Lets one tool optimize one model in a fresh process; prints a line of JSON with time, memory and node counts.
+
+    PYTHON benchmarks/prepare.py TOOL IN.onnx OUT.onnx
+
+Runs in the tool's own environment, so it imports nothing of ours except for the tool ``onnxlathe*``. Memory is the peak
+of what the process holds privately (``RssAnon``), sampled every 10 ms: memory-mapped weights do not count, copies do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def onnxlathe(source: str, target: str, passes: str, gate: bool) -> None:
+    """Ours."""
+    import onnxlathe as lathe
+
+    lathe.compile(source, passes, threads=2, speed_gate=gate, progress=False).save(target)
+
+
+def onnxslim(source: str, target: str) -> None:
+    """OnnxSlim with its defaults."""
+    import onnx
+    import onnxslim
+
+    onnx.save(onnxslim.slim(source), target, **_external(target, source))
+
+
+def onnxsim(source: str, target: str) -> None:
+    """onnxsim with its defaults."""
+    import onnx
+    import onnxsim
+
+    model, good = onnxsim.simplify(source)
+    if not good:
+        raise RuntimeError("onnxsim's own check failed")
+    onnx.save(model, target, **_external(target, source))
+
+
+def onnxoptimizer(source: str, target: str) -> None:
+    """onnx's optimizer with its default passes."""
+    import onnx
+    import onnxoptimizer
+
+    onnx.save(onnxoptimizer.optimize(onnx.load(source)), target, **_external(target, source))
+
+
+def ort(source: str, target: str, level: str) -> None:
+    """ONNX Runtime's own graph optimizer, offline."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+    options.optimized_model_filepath = target
+    if _external(target, source):
+        key = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(key, Path(target).name + ".data")
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def transformers_optimizer(source: str, target: str) -> None:
+    """onnxruntime.transformers for BERT, as its documentation runs it on the CPU."""
+    from onnxruntime.transformers import optimizer
+
+    result = optimizer.optimize_model(source, model_type="bert", num_heads=12, hidden_size=384, opt_level=0)
+    result.save_model_to_file(target)
+
+
+def onnxscript(source: str, target: str, fusions: bool) -> None:
+    """onnxscript's optimizer, and on top its fusions for onnxruntime."""
+    import onnx_ir as ir
+    from onnxscript import optimizer
+
+    model = ir.load(source)
+    optimizer.optimize(model)
+    if fusions:
+        from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+        result = optimize_for_ort(model)
+        model = result[0] if isinstance(result, tuple) else result
+    ir.save(model, target, external_data=Path(target).name + ".data" if _external(target, source) else None)
+
+
+def _external(target: str, source: str) -> dict[str, object]:
+    if not list(Path(source).parent.glob(Path(source).name + "*.data")):
+        return {}
+    return {"save_as_external_data": True, "location": Path(target).name + ".data"}
+
+
+TOOLS: dict[str, Callable[[str, str], None]] = {
+    "onnxlathe": lambda a, b: onnxlathe(a, b, "cpu-fp32", True),
+    "onnxlathe cpu-fp32, no gate": lambda a, b: onnxlathe(a, b, "cpu-fp32", False),
+    "onnxlathe basic": lambda a, b: onnxlathe(a, b, "basic", False),
+    "onnxslim": onnxslim,
+    "onnxsim": onnxsim,
+    "onnxoptimizer": onnxoptimizer,
+    "ORT basic": lambda a, b: ort(a, b, "BASIC"),
+    "ORT extended": lambda a, b: ort(a, b, "EXTENDED"),
+    "ORT transformers optimizer": transformers_optimizer,
+    "onnxscript optimizer": lambda a, b: onnxscript(a, b, False),
+    "onnxscript ort_fusions": lambda a, b: onnxscript(a, b, True),
+}
+
+
+def private_bytes() -> int:
+    """Anonymous resident memory of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def main(tool: str, source: str, target: str) -> None:
+    """Runs the tool and prints the figures."""
+    import onnx
+
+    peak, running = [0], [True]
+
+    def sample() -> None:
+        while running[0]:
+            peak[0] = max(peak[0], private_bytes())
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    before = private_bytes()
+    start = time.perf_counter()
+    TOOLS[tool](source, target)
+    seconds = time.perf_counter() - start
+    running[0] = False
+    thread.join()
+    model = onnx.load(target, load_external_data=False)
+    ops: dict[str, int] = {}
+    for node in model.graph.node:
+        ops[node.op_type] = ops.get(node.op_type, 0) + 1
+    print(json.dumps({"seconds": seconds, "private_bytes": peak[0] - before, "nodes": sum(ops.values()), "ops": ops}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
