@@ -71,11 +71,15 @@ class Settings:
 
 @dataclasses.dataclass
 class _State:
-    """The last accepted graph with its results and session options."""
+    """The last accepted graph with its results and session options.
+
+    ``spare`` is a clone of it that a pass left as it was, for the next pass to work on.
+    """
 
     model: ir.Model
     results: verify.Results
     config: dict[str, Any]
+    spare: ir.Model | None = None
 
 
 def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, settings: Settings) -> Compiled:
@@ -103,6 +107,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
         except LatheError as error:
             if settings.on_error == "raise":
                 raise
+            state = dataclasses.replace(state, spare=None)
             record.status = "failed"
             record.notes.append(f"left out: {error}")
     report.ops_after = dict(count_ops(state.model))
@@ -129,7 +134,8 @@ def _original_results(model: ir.Model, settings: Settings) -> verify.Results:
 
 def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings, record: PassRecord) -> _State:
     """Runs one pass; returns the state after it, or ``state`` itself where nothing was kept."""
-    candidate = state.model.clone()
+    candidate = state.spare if state.spare is not None else state.model.clone()
+    state = dataclasses.replace(state, spare=None)
     record.nodes = (_size(state.model), _size(state.model))
     stored = weight_bytes(state.model)
     record.weight_bytes = (stored, stored)
@@ -147,7 +153,7 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     record.notes += outcome.notes
     record.refusals = outcome.refusals
     if not outcome.changed:
-        return state
+        return dataclasses.replace(state, spare=candidate)
     record.counts = dict(outcome.counts)
     config = _merge(state.config, outcome.ort_config)
     results = _check(step, state, candidate, settings, record)
