@@ -58,7 +58,7 @@ def export_causal_lm(model: Any, *, opset: int | None = None, check: bool = True
         raise ExportError(
             "Exporting a language model needs transformers 5.", 'Install it: pip install "onnxlathe[hf]".'
         ) from error
-    if _cache_argument(model) is None or not hasattr(model, "config"):
+    if not _cache_argument(model) or not hasattr(model, "config"):
         raise ExportError(
             f"{type(model).__name__} is not a Hugging Face causal language model with a key/value cache.",
             "Use onnxlathe.export for other modules.",
@@ -76,10 +76,10 @@ def export_causal_lm(model: Any, *, opset: int | None = None, check: bool = True
     return graph
 
 
-def _cache_argument(model: Any) -> str | None:
-    """What ``forward`` calls its cache: ``past_key_values``, from transformers 5.24 on ``cache``; None without one."""
+def _cache_argument(model: Any) -> str:
+    """What ``forward`` calls its cache: ``past_key_values``, from transformers 5.24 on ``cache``; empty without one."""
     takes = inspect.signature(model.forward).parameters if hasattr(model, "forward") else {}
-    return next((name for name in ("past_key_values", "cache") if name in takes), None)
+    return next((name for name in ("past_key_values", "cache") if name in takes), "")
 
 
 def _decoder(model: Any) -> torch.nn.Module:

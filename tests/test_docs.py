@@ -38,7 +38,8 @@ def test_examples_run(source: str, tmp_path: Path) -> None:
     path = ROOT / source
     code = blocks(path, "python")[0] if path.suffix == ".md" else path.read_text()
     small = code.replace("num_hidden_layers=6", "num_hidden_layers=1")
-    assert small != code, "one layer is enough here"
+    small = small.replace('"cpu-fp32",', '"cpu-fp32", speed_gate=False,')
+    assert small.count("num_hidden_layers=1") == small.count("speed_gate=False") == 1, "quick enough for a test"
     done = subprocess.run([sys.executable, "-c", small], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 Attention" in done.stdout and (tmp_path / "encoder.onnx").exists()
