@@ -116,7 +116,7 @@ class Report:
         """Prints tables: the passes, the operators before and after, and on demand every refusal."""
         console = console or Console()
         console.print(self._pass_table())
-        console.print(op_table(self.ops_before, self.ops_after))
+        print_op_table(console, self.ops_before, self.ops_after)
         console.print(self.summary(), highlight=False)
         for record in self.passes:
             for note in record.notes:
@@ -162,16 +162,20 @@ class Report:
         return table
 
 
-def op_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
-    """Operators whose number changed, the most changed first."""
+def print_op_table(console: Console, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Prints the operators whose number changed, the most changed first."""
+    change = {op: after.get(op, 0) - before.get(op, 0) for op in {*before, *after}}
+    changed = sorted((op for op in change if change[op]), key=lambda op: (-abs(change[op]), op))
+    if not changed:
+        console.print("nodes by operator: as before")
+        return
     table = Table(title="nodes by operator (changed ones)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("operator")
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right", no_wrap=True)
-    change = {op: after.get(op, 0) - before.get(op, 0) for op in {*before, *after}}
-    for op in sorted((op for op in change if change[op]), key=lambda op: (-abs(change[op]), op)):
+    for op in changed:
         table.add_row(op, str(before.get(op, 0)), str(after.get(op, 0)), f"{change[op]:+d}")
-    return table
+    console.print(table)
 
 
 def format_bytes(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,12 @@ def print_bench(
     """Times one model, or two in turns on the same inputs."""
     feeds = load_feeds(samples) if samples is not None else make_feeds(load_model(model))
     sessions = [Session(path, device=target, threads=threads) for path in (model, other) if path is not None]
-    table = Table(title=f"on {sessions[0].device}, threads {threads or 'default'}", title_justify="left")
+    table = Table(
+        title=f"on {sessions[0].device}, threads {threads or 'default'}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("input")
     for path in (model, other):
         if path is not None:

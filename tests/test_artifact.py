@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -84,6 +85,37 @@ def test_a_crash_leaves_the_old_file(
     with pytest.raises(KeyboardInterrupt):
         save(small_model, path, external_data=external)
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == content
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_crash_at_the_last_rename_leaves_the_old_file(
+    small_model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+) -> None:
+    path = save(small_model, tmp_path / "m.onnx", external_data=external)
+    content = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    replace = Path.replace
+
+    def crash(self: Path, target: Path) -> Path:
+        if target == path:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(small_model, path, external_data=external)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == content
+
+
+def test_a_full_disk_is_said_in_one_paragraph(
+    small_model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", full)
+    with pytest.raises(ModelError, match=r"m\.onnx cannot be written: No space left.*free space"):
+        save(small_model, tmp_path / "m.onnx")
+    assert files(tmp_path) == set()
 
 
 def test_write_atomically_cleans_up(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +57,7 @@ def test_compile_inspect_run_diff_bench(command: object, small_file: Path, tmp_p
     assert np.load(tmp_path / "y.npz")["y"].shape == (2, 600)
 
     code, text, _ = command("diff", small_file, out)  # type: ignore[operator]
-    assert code == 0 and "output y: largest relative error 0.0e+00" in text
+    assert code == 0 and "output y: largest relative error 0.0e+00" in text and "- Identity -> i" in text
 
     code, text, _ = command("bench", small_file, out, "--seconds", "0.1")  # type: ignore[operator]
     assert code == 0 and " x" in text and "%" in text
@@ -114,6 +117,12 @@ def strange(folder: Path) -> Path:
     return write(folder / "strange.onnx", proto.SerializeToString())
 
 
+def renamed(folder: Path, model: ir.Model) -> Path:
+    other = model.clone()
+    other.graph.outputs[0].name = "z"
+    return save(other, folder / "renamed.onnx")
+
+
 def nan(folder: Path) -> Path:
     np.savez(folder / "nan.npz", x=np.full((1, 8), np.nan, np.float32))
     return folder / "nan.npz"
@@ -146,11 +155,28 @@ BAD = {
         "Cannot read the options",
         "name:option=value",
     ),
-    "NaN in calibration": (lambda t, m, f: ["compile", f, "--samples", nan(t)], "NaN", "sample"),
+    "NaN in calibration": (lambda t, m, f: ["compile", f, "--calibration", nan(t)], "NaN", "sample"),
     "unknown target": (lambda t, m, f: ["compile", f, "--target", "tpu"], "'tpu'", "'cpu'"),
     "output is input": (lambda t, m, f: ["compile", f, "-o", f], "is the input itself", "another file"),
     "output folder missing": (lambda t, m, f: ["compile", f, "-o", t / "no" / "x.onnx"], "does not exist", "Create"),
     "run with wrong input": (lambda t, m, f: ["run", f, "--samples", nan(t)], "NaN", ""),
+    "run over its input": (lambda t, m, f: ["run", f, "-o", f], "is the input itself", "another file"),
+    "report over the input": (lambda t, m, f: ["compile", f, "--json", f], "is the input itself", "another file"),
+    "output is a folder": (lambda t, m, f: ["compile", f, "-o", t], "is a folder", "name of a file"),
+    "negative threads": (lambda t, m, f: ["compile", f, "--threads", "-1"], "'--threads'", "0"),
+    "folder without a model": (lambda t, m, f: ["export", t, "-o", t / "o.onnx"], "no Hugging Face", "config.json"),
+    "no such function": (
+        lambda t, m, f: ["export", f"{write(t / 'n.py', b'x = 1')}:build", "-o", t / "o.onnx"],
+        "no function 'build'",
+        "(module, args)",
+    ),
+    "function of something else": (
+        lambda t, m, f: ["export", f"{write(t / 'n.py', b'build = lambda: 3')}:build", "-o", t / "o.onnx"],
+        "returned a int",
+        "(module, args)",
+    ),
+    "view without a model": (lambda t, m, f: ["view", t / "no.onnx", "--no-browser"], "no file", "Check the path"),
+    "diff of strangers": (lambda t, m, f: ["diff", f, renamed(t, m)], "no output of the same name", "same outputs"),
     "zoo name": (lambda t, m, f: ["export", "zoo:gpt5", "-o", t / "o.onnx"], "no 'gpt5'", "minilm"),
     "export source": (
         lambda t, m, f: ["export", "nothing", "-o", t / "o.onnx"],
@@ -175,9 +201,56 @@ def test_bad_input(command: object, case: str, small_model: ir.Model, small_file
     assert not (tmp_path / "out.onnx").exists()
 
 
+def default_sigint() -> None:
+    """Jobs of a shell script start with SIGINT ignored; a person's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_view_serves_the_model(small_file: Path) -> None:
+    pytest.importorskip("netron")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnxlathe", "view", small_file, "--no-browser", "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=default_sigint,
+    )
+    try:
+        page = b""
+        for _ in range(100):
+            time.sleep(0.1)
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/") as answer:
+                page = answer.read()
+                break
+        assert b"Netron" in page
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode in (0, 130)
+    finally:
+        process.kill()
+
+
+def test_view_says_that_a_port_is_taken(command: object, small_file: Path) -> None:
+    pytest.importorskip("netron")
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = command("view", small_file, "--no-browser", "--port", port)  # type: ignore[operator]
+    assert code == 2 and str(port) in err and "--port" in err
+
+
+def test_view_needs_netron(command: object, small_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "netron", None)
+    code, _, err = command("view", small_file)  # type: ignore[operator]
+    assert code == 2 and "onnxlathe[view]" in err
+
+
 def test_an_existing_output_survives_a_failed_compile(command: object, small_file: Path, tmp_path: Path) -> None:
     out = write(tmp_path / "out.onnx", b"precious")
-    code, _, _ = command("compile", small_file, "-o", out, "--samples", nan(tmp_path))  # type: ignore[operator]
+    code, _, _ = command("compile", small_file, "-o", out, "--calibration", nan(tmp_path))  # type: ignore[operator]
     assert code == 2 and out.read_bytes() == b"precious"
 
 
@@ -186,21 +259,26 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     body = " ".join(f"v{i + 1} = MatMul(v{i}, w)" for i in range(40))
     rng = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32) / 16
     model = from_text(
-        f'<ir_version: 10, opset_import: ["" : 20]> g (float[n, 256] v0, float[256, 256] w) => (y) {{ {body} y = Neg(v40) }}',
+        f'<ir_version: 10, opset_import: ["" : 20]> g (float[n, 256] x, float[256, 256] w) => (y) '
+        f"{{ v0 = Identity(x) {body} y = Neg(v40) }}",
         w=rng,
     )
     source = save(model, tmp_path / "in.onnx")
     out = tmp_path / "out.onnx"
+    code = "import onnxlathe.cli as cli, onnxlathe.api; print('ready', flush=True); cli.main()"
     process = subprocess.Popen(
-        [sys.executable, "-m", "onnxlathe", "compile", source, "-o", out], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "compile", source, "-o", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_sigint,
     )
-    time.sleep(1.5)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, 0) and "Traceback" not in err
-    if process.returncode == 130:
-        assert "nothing was left half-written" in err
-        assert {path.name for path in tmp_path.iterdir()} == {"in.onnx"}
+    assert process.returncode == 130 and "nothing was left half-written" in err and "Traceback" not in err
+    assert {path.name for path in tmp_path.iterdir()} == {"in.onnx"}
 
 
 def test_help_is_quick_and_has_examples() -> None:
