@@ -16,7 +16,9 @@ OLDEST_OPSET, NEWEST_OPSET = 7, 26
 
 
 def load_model(source: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> ir.Model:
-    """Reads ``source`` and normalizes a clone of it: functions inlined, constants as initializers, shapes inferred.
+    """Reads ``source`` and normalizes a clone of it: functions inlined, constants as initializers, names unique.
+
+    Where an old exporter listed all weights among the inputs, they are plain constants afterwards.
 
     Args:
         source: a model; it is never changed.
@@ -50,6 +52,13 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 def _drop_overridable(model: ir.Model) -> None:
-    """Old exporters (IR < 4) list every initializer among the inputs; that is no wish to override them."""
-    if model.ir_version < 4:
+    """Takes initializers off the list of inputs where that list is only an old exporter's habit.
+
+    Below IR version 4 the format demanded it, and torch's exporter went on doing so for all of them
+    (``keep_initializers_as_inputs``); as inputs they could be overridden, so nothing could be folded or fused. A model
+    that lists only some of its initializers means it.
+    """
+    initializers = list(model.graph.initializers.values())
+    if initializers and (model.ir_version < 4 or all(value.is_graph_input() for value in initializers)):
         common.RemoveInitializersFromInputsPass()(model)
+        model.ir_version = max(model.ir_version, 4)

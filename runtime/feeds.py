@@ -50,14 +50,16 @@ def check_feeds(inputs: Sequence[ir.Value], feeds: Mapping[str, Array], where: s
         ModelError: names the input, what it is and what it must be.
     """
     expected = {value.name or "": value for value in inputs}
-    missing = [name for name in expected if name not in feeds]
+    missing = [name for name, value in expected.items() if name not in feeds and not value.is_initializer()]
     extra = [name for name in feeds if name not in expected]
     if missing or extra:
         raise ModelError(
             f"Wrong input names in {where}: missing {missing or 'none'}, unknown {extra or 'none'}.",
-            f"The model's inputs are: {', '.join(map(_describe, inputs))}.",
+            f"The model's inputs are: {', '.join(_describe(value) for value in inputs if not value.is_initializer())}.",
         )
     for name, value in expected.items():
+        if name not in feeds:  # an initializer that callers may override, and did not
+            continue
         array = np.asarray(feeds[name])
         wanted = value.dtype.numpy() if value.dtype is not None else array.dtype
         if array.dtype != wanted:
@@ -103,6 +105,8 @@ def make_feeds(model: ir.Model, seed: int = 0, count: int = 2, sizes: Mapping[st
         bound = _bind_dims(model.graph.inputs, number, dict(sizes or {}))
         sample: Feeds = {}
         for value in model.graph.inputs:
+            if value.is_initializer():
+                continue
             shape = tuple(_size(dim, bound) for dim in value.shape or ())
             sample[value.name or ""] = _make(value, shape, rng, limits.get(value.name or ""), padded=number > 0)
         samples.append(sample)

@@ -87,3 +87,13 @@ def test_npz_files_and_folders(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "no.npz", "No samples found"), (tmp_path / "bad.npz", "not a readable")):
         with pytest.raises(ModelError, match=words):
             load_feeds(path)
+
+
+def test_weights_that_may_be_overridden_need_not_be_given() -> None:
+    model = encoder()
+    model.graph.inputs.append(model.graph.initializers["table"])  # type: ignore[attr-defined]
+    sample = make_feeds(model)[0]  # type: ignore[arg-type]
+    assert "table" not in sample
+    check_feeds(model.graph.inputs, sample)  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match="'table'"):
+        check_feeds(model.graph.inputs, {**sample, "table": np.ones((37, 4))})  # type: ignore[attr-defined]

@@ -90,6 +90,41 @@ def test_near_misses(body: str, inputs: str) -> None:
     refused(SimplifyShapes(), model, feeds=[feeds])
 
 
+GRID = """s = Shape(m) b = Gather(s, zero) n = Gather(s, one)
+  rb = Range(zero, b, one) rn = Range(zero, n, one) ub = Unsqueeze(rb, tail) un = Unsqueeze(rn, lead)
+  big = Max(ub, un) all = Shape(big) eb = Expand(ub, all) en = Expand(un, all)
+  ib = Unsqueeze(eb, last) jn = Unsqueeze(en, last) index = Concat<axis=-1>(ib, jn) g = GatherND(m, index) y = Not(g)"""
+
+
+def grid(body: str) -> ir.Model:
+    """transformers' mask code: mask[b, n] indexed by counting tensors that broadcast to [b, 1, n]."""
+    arrays = {"zero": np.array(0), "one": np.array(1), "two": np.array(2)}
+    arrays |= {"tail": np.array([1, 2]), "lead": np.array([0, 1]), "last": np.array([-1])}
+    declared = ", ".join(f"int64{[len(a)] if a.ndim else ''} {name}" for name, a in arrays.items())
+    return from_text(f"{HEAD} (bool[batch, seq] m, {declared}) => (y) {{ {body} }}", **arrays)
+
+
+def test_gathering_everything_is_unsqueeze() -> None:
+    feeds = [{"m": np.random.default_rng(0).random((3, 5)) < 0.5}]
+    after, outcome = rewrite(SimplifyShapes(), grid(GRID), feeds=feeds)
+    assert outcome.counts["GatherND of everything"] == 1 and ops(after) == {"Unsqueeze": 1, "Not": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rn = Range(zero, n, one)", "rn = Range(one, n, one)"),  # starts at 1
+        ("rn = Range(zero, n, one)", "rn = Range(zero, n, two)"),  # every second
+        ("(ib, jn)", "(jn, ib)"),  # transposed: only valid for a square mask
+        ("rn = Range(zero, n, one)", "rn = Range(zero, b, one)"),  # as many positions as rows
+    ],
+)
+def test_gathering_something_else_stays(old: str, new: str) -> None:
+    feeds = [{"m": np.random.default_rng(0).random((4, 4)) < 0.5}]
+    after, outcome = rewrite(SimplifyShapes(), grid(GRID.replace(old, new)), feeds=feeds)
+    assert outcome.counts["GatherND of everything"] == 0 and ops(after)["GatherND"] == 1
+
+
 def test_targets_are_shared_and_shared_ones_left_alone() -> None:
     twice = SPLIT.replace("y = Relu(r)", "r2 = Relu(x) q = Reshape(r2, t) y = Add(r, q)")
     after, outcome = rewrite(SimplifyShapes(), build(twice))

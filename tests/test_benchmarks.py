@@ -1,0 +1,62 @@
+"""The parts of the benchmarks that need no peer: workers answer, tools run in processes of their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxlathe.compiler.verify import check_model, check_structure
+from onnxlathe.runtime.artifact import save
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The benchmarks are scripts beside each other, not a package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield
+    for name in ("harness", "peers", "synthetic"):
+        sys.modules.pop(name, None)
+
+
+def test_synthetic_graphs_are_valid_and_repeatable() -> None:
+    from synthetic import synthetic  # type: ignore[import-not-found]
+
+    model = synthetic(500)
+    check_structure(model)
+    check_model(model)
+    assert 480 <= len(list(model.graph)) <= 520
+    assert ir.to_proto(model) == ir.to_proto(synthetic(500)) != ir.to_proto(synthetic(500, seed=1))
+
+
+def test_sides_alternate_and_are_compared(small_file: Path, tmp_path: Path) -> None:
+    from harness import Side, compare  # type: ignore[import-not-found]
+
+    x = np.ones((4, 8), np.float32)
+    np.savez(tmp_path / "in.npz", x=x)
+    sides = [
+        Side("plain", "ort", str(small_file)),
+        Side("ours", "lathe", str(small_file)),
+        Side("broken", "ort", "no.onnx"),
+    ]
+    reference = {"(4,8)": np.zeros((4, 600), np.float32) + 1}
+    results = compare(sides, {"(4,8)": tmp_path / "in.npz"}, threads=1, rounds=3, seconds=0.01, reference=reference)
+    assert results["plain"]["(4,8)"]["ratio"] == 1.0
+    assert results["ours"]["(4,8)"]["error"] == results["plain"]["(4,8)"]["error"] > 0
+    assert results["broken"] == {} and sides[2].failure
+
+
+def test_tools_run_in_a_process_of_their_own(tmp_path: Path) -> None:
+    from harness import prepare  # type: ignore[import-not-found]
+    from synthetic import synthetic  # type: ignore[import-not-found]
+
+    source = save(synthetic(300), tmp_path / "in.onnx")
+    done = prepare("onnxlathe basic", source, tmp_path / "out.onnx", "ours")
+    assert done["nodes"] < 300 and done["seconds"] > 0 and done["private_bytes"] > 0
+    assert "KeyError" in prepare("no such tool", source, tmp_path / "out.onnx", "ours")["failure"]
