@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..compiler.base import Pass
 from ..runtime.errors import PassError
@@ -49,10 +50,24 @@ def make_pass(name: str, **options: object) -> Pass:
     unknown = [option for option in options if option not in fields]
     if unknown:
         raise PassError(f"The pass {name!r} has no option {unknown}.", f"Its options: {', '.join(fields) or 'none'}.")
+    hints = get_type_hints(kind)
+    for option, value in options.items():
+        if not _fits(value, hints[option]):
+            wanted = ", ".join(map(repr, get_args(hints[option]))) or hints[option].__name__
+            raise PassError(f"The option {option} of {name!r} cannot be {value!r}.", f"It takes: {wanted}.")
     try:
         return kind(**options)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError) as error:
         raise PassError(f"The pass {name!r} refuses its options: {error}.", "See `onnxlathe passes`.") from error
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether ``value`` is of the type ``hint``: a plain class, or a Literal."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool):  # Python counts True as an int
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def resolve_passes(passes: str | Sequence[str | Pass]) -> tuple[list[Pass], bool]:

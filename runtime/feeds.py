@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,13 @@ def load_feeds(source: Iterable[Mapping[str, Array]] | str | os.PathLike[str]) -
         raise ModelError(f"No samples found at {path}.", "Give an .npz file (input name -> array) or a folder of them.")
     samples: list[Feeds] = []
     for file in files:
+        if not zipfile.is_zipfile(file):
+            raise ModelError(f"{file} is not an .npz file, or is truncated.", "Write it with numpy.savez.")
         try:
             with np.load(file, allow_pickle=False) as archive:
                 samples.append({name: archive[name] for name in archive.files})
-        except (ValueError, OSError) as error:
-            raise ModelError(f"{file} is not a readable .npz file: {error}.", "Write it with numpy.savez.") from error
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ModelError(f"{file} cannot be read: {error}.", "Write it again with numpy.savez.") from error
     return samples
 
 

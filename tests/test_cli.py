@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -150,6 +153,16 @@ BAD = {
         "no option ['hard']",
         "Its options: none",
     ),
+    "option of another type": (
+        lambda t, m, f: ["compile", f, "--passes", "upgrade-opset:to=new"],
+        "'upgrade-opset' cannot be 'new'",
+        "int",
+    ),
+    "option not among the choices": (
+        lambda t, m, f: ["compile", f, "--passes", "fuse-attention:form=best"],
+        "cannot be 'best'",
+        "'auto'",
+    ),
     "unreadable option": (
         lambda t, m, f: ["compile", f, "--passes", "cleanup:hard"],
         "Cannot read the options",
@@ -199,6 +212,22 @@ def test_bad_input(command: object, case: str, small_model: ir.Model, small_file
     assert what in err and remedy in err and "Traceback" not in err
     assert small_file.read_bytes() == content, "the input file is never touched"
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_demo_on_the_model_that_ships(command: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the MiniLM package is not installed; without the speed gate, which takes its time."""
+    pytest.importorskip("transformers")
+    from onnxlathe import demo
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("gt_") else found(name))
+    monkeypatch.setattr(demo, "compile", functools.partial(demo.compile, speed_gate=False))
+    code, text, _ = command("demo", "--folder", tmp_path / "demo")  # type: ignore[operator]
+    assert code == 0 and "RMSNormalization" in text
+    error = re.search(r"against PyTorch on new inputs: largest relative error (\S+)", text)
+    assert error is not None and float(error[1]) < 1e-4
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"stories260k.onnx", "stories260k-fast.onnx"}
+    assert f"onnxlathe view {tmp_path}/demo/stories260k-fast.onnx" in text, "to be copied, so not wrapped"
 
 
 def default_sigint() -> None:
@@ -283,9 +312,13 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 def test_help_is_quick_and_has_examples() -> None:
     names = ["export", "compile", "run", "bench", "inspect", "diff", "view", "passes", "demo"]
-    start = time.perf_counter()
-    text = subprocess.run([sys.executable, "-m", "onnxlathe", "--help"], capture_output=True, text=True).stdout
-    assert time.perf_counter() - start < 2 and all(name in text for name in names)
+    seconds: list[float] = []
+    for _ in range(3):
+        start = time.perf_counter()
+        text = subprocess.run([sys.executable, "-m", "onnxlathe", "--help"], capture_output=True, text=True).stdout
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+    assert all(name in text for name in names)
     for name in ("compile", "view"):
         text = subprocess.run(
             [sys.executable, "-m", "onnxlathe", name, "--help"], capture_output=True, text=True

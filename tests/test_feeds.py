@@ -83,10 +83,27 @@ def test_npz_files_and_folders(tmp_path: Path) -> None:
     assert [sample["x"][0] for sample in load_feeds(tmp_path)] == [0, 1]
     assert load_feeds(tmp_path / "1.npz")[0]["x"].tolist() == [1, 1]
     assert load_feeds(iter([{"x": np.ones(1)}]))[0]["x"].tolist() == [1.0]
+
+
+def test_damaged_npz_files_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "good.npz", x=np.arange(1000))
+    content = (tmp_path / "good.npz").read_bytes()
     (tmp_path / "bad.npz").write_bytes(b"no archive")
-    for path, words in ((tmp_path / "no.npz", "No samples found"), (tmp_path / "bad.npz", "not a readable")):
-        with pytest.raises(ModelError, match=words):
-            load_feeds(path)
+    (tmp_path / "half.npz").write_bytes(content[:4000])
+    (tmp_path / "flipped.npz").write_bytes(content[:3000] + b"????" + content[3004:])
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
+    np.save(tmp_path / "array.npy", np.ones(2))
+    for name, words in (
+        ("no.npz", "No samples found"),
+        ("bad.npz", "is not an .npz"),
+        ("half.npz", "is not an .npz file, or is truncated"),
+        ("flipped.npz", "cannot be read: Bad CRC"),
+        ("objects.npz", "cannot be read"),
+        ("array.npy", "is not an .npz"),
+    ):
+        with pytest.raises(ModelError, match=name) as caught:
+            load_feeds(tmp_path / name)
+        assert words in str(caught.value)
 
 
 def test_weights_that_may_be_overridden_need_not_be_given() -> None:
