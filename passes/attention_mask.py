@@ -32,26 +32,28 @@ class MaskBuilder:
         self._opset = opset(model)
         self._made: dict[tuple[object, ...], ir.Value] = {}
 
-    def bias(self, match: AttentionMatch, graph: ir.Graph, new: list[ir.Node], *, lifted: bool) -> ir.Value | None:
+    def bias(
+        self, match: AttentionMatch, sources: list[ir.Value], graph: ir.Graph, new: list[ir.Node], *, lifted: bool
+    ) -> ir.Value | None:
         """One additive bias of shape [1 or batch, 1 or heads, query length, key length], or None.
 
         Args:
             match: the attention block.
+            sources: Q and K as [batch, length, hidden].
             graph: the graph it lies in.
             new: receives the nodes that make the bias, in order.
             lifted: replace values below -3e38 (minus infinity too) by -3e38.
         """
         if match.fill is None and not match.masks:
             return None
-        query, key = self._shapes.dims(match.query), self._shapes.dims(match.key)
-        lengths = (query[1] if query else match.query, key[1] if key else match.key)
+        lengths = (match.query.length, match.key.length)
         parts = tuple(match.fill.inputs) if match.fill is not None else tuple(match.masks)
         identity = (graph, lengths, parts, lifted)
         if identity not in self._made:
             value = self._joined(match, graph, new, lifted)
             dims = self._shapes.dims(value)
             if dims is None or len(dims) != 4 or dims[2:] != lengths:
-                value = self._expand(value, match, graph, new)
+                value = self._expand(value, sources, graph, new)
             self._made[identity] = value
         return self._made[identity]
 
@@ -87,10 +89,10 @@ class MaskBuilder:
         made.shape = condition.shape if condition is not None else None
         return made
 
-    def _expand(self, value: ir.Value, match: AttentionMatch, graph: ir.Graph, new: list[ir.Node]) -> ir.Value:
+    def _expand(self, value: ir.Value, sources: list[ir.Value], graph: ir.Graph, new: list[ir.Node]) -> ir.Value:
         """Broadcasts to full query and key length, which the kernels demand; batch and heads may stay 1."""
         ones = add_initializer(graph, self._names, "mask_ones", np.array([1, 1], np.int64))
-        lengths = [self._length(source, graph, new) for source in (match.query, match.key)]
+        lengths = [self._length(source, graph, new) for source in sources]
         target = self._append("Concat", [ones, *lengths], "mask_shape", ir.DataType.INT64, new, axis=0)
         return self._append("Expand", [value, target], "mask_expanded", value.dtype, new)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import onnx_ir as ir
 
 from ..compiler.graph import attribute, is_op, only_consumer, producer, scalar
-from .symbolic import ONE, Dims, SymbolicShapes, divide, number
-from .views import follow_view, origins, whole_view
+from .factors import constant_factor
+from .symbolic import ONE, Dim, Dims, SymbolicShapes, multiply, number
+from .views import View, follow_view, origins, whole_view
 
 # A fill below this leaves no weight beside any unmasked score, so adding it is the same as writing it.
 _MASKED = -1e9
@@ -19,34 +19,57 @@ class NotAttention(Exception):
     """Ends a match; the message is the reason, empty where the Softmax has nothing to do with attention."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Q, K or V before its split into heads.
+
+    Attributes:
+        value: [batch, length, heads * head_dim], or [length, batch, heads * head_dim] where ``length_first``.
+        length_first: the layout of ``torch.nn.MultiheadAttention``.
+        batch: dim of the batch.
+        length: dim of the length.
+        heads: number of heads.
+        head_dim: size of one head.
+        scale: product of the constant factors between ``value`` and the block.
+    """
+
+    value: ir.Value
+    length_first: bool
+    batch: Dim
+    length: Dim
+    heads: int
+    head_dim: int
+    scale: float
+
+
 @dataclasses.dataclass
 class AttentionMatch:
     """One attention block ``softmax(scale * Q K^T + masks) V``.
 
     Attributes:
         softmax: the anchor.
-        query: [batch, query length, heads * head_dim] before the split into heads; likewise ``key`` and ``value``.
-        heads: number of heads.
-        head_dim: size of one head of Q and K.
+        query: Q; likewise ``key`` and ``value``.
         scale: product of all constant factors on Q, K and the scores.
         masks: values added to the scores, broadcasting to [batch, heads, query length, key length].
         fill: ``Where`` that writes a very low number into the scores, or None.
         guarded: whether NaN probabilities are replaced by 0 (torch's SDPA export).
-        last: the node whose output is [batch, query length, heads * head_dim].
+        last: the node whose output is the result with merged heads.
+        result: dims of that output.
+        result_length_first: whether it has the length before the batch.
         nodes: the nodes of the block, without ``last``.
     """
 
     softmax: ir.Node
-    query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    heads: int
-    head_dim: int
+    query: Operand
+    key: Operand
+    value: Operand
     scale: float
     masks: list[ir.Value]
     fill: ir.Node | None
     guarded: bool
     last: ir.Node
+    result: Dims
+    result_length_first: bool
     nodes: list[ir.Node]
 
 
@@ -65,31 +88,19 @@ def match_attention(softmax: ir.Node, shapes: SymbolicShapes) -> AttentionMatch:
         raise NotAttention(f"the scores have {'unknown rank' if dims is None else f'rank {len(dims)}'}, not 4")
     if attribute(softmax, "axis", -1) not in (-1, 3):
         raise NotAttention(f"softmax runs over axis {attribute(softmax, 'axis', 1)}, not the last")
-    query, heads, head_dim, q_scale = _split_heads(product.inputs[0], shapes, "Q", transposed=False)
-    key, key_heads, _, k_scale = _split_heads(product.inputs[1], shapes, "K", transposed=True)
-    value, value_heads, _, v_scale = _split_heads(context.inputs[1], shapes, "V", transposed=False)
-    if not heads == key_heads == value_heads:
-        raise NotAttention(f"Q, K and V have {heads}, {key_heads} and {value_heads} heads")
-    if v_scale != 1.0:
+    query = _split_heads(product.inputs[0], shapes, "Q", transposed=False)
+    key = _split_heads(product.inputs[1], shapes, "K", transposed=True)
+    value = _split_heads(context.inputs[1], shapes, "V", transposed=False)
+    if not query.heads == key.heads == value.heads:
+        raise NotAttention(f"Q, K and V have {query.heads}, {key.heads} and {value.heads} heads")
+    if value.scale != 1.0:
         raise NotAttention("V is scaled")
-    lengths, value_dims = shapes.dims(query), shapes.dims(value)
-    value_dim = divide(value_dims[2], number(heads)) if value_dims else None
-    if lengths is None or value_dim is None:
-        raise NotAttention("the shape of the result is unknown")
-    last = _merge_heads(context, (lengths[0], number(heads), lengths[1], value_dim), shapes, nodes)
+    merged = (query.batch, number(query.heads), query.length, number(value.head_dim))
+    last, result, length_first = _merge_heads(context, merged, shapes, nodes)
+    scale = scores.scale * query.scale * key.scale
+    masks, fill = scores.masks, scores.fill
     return AttentionMatch(
-        softmax,
-        query,
-        key,
-        value,
-        heads,
-        head_dim,
-        scores.scale * q_scale * k_scale,
-        scores.masks,
-        scores.fill,
-        guarded,
-        last,
-        nodes[:-1],
+        softmax, query, key, value, scale, masks, fill, guarded, last, result, length_first, nodes[:-1]
     )
 
 
@@ -202,51 +213,8 @@ def _leads_to_product(value: ir.Value | None) -> bool:
     return False
 
 
-def constant_factor(node: ir.Node, shapes: SymbolicShapes) -> tuple[float | None, ir.Value | None]:
-    """For Mul or Div by a number: the factor and the other operand; (None, None) for anything else."""
-    left, right = node.inputs
-    factor = _number(right, shapes)
-    if factor is not None:
-        if is_op(node, "Mul"):
-            return factor, left
-        if is_op(node, "Div") and factor != 0.0:
-            return 1.0 / factor, left
-    elif is_op(node, "Mul") and (factor := _number(left, shapes)) is not None:
-        return factor, right
-    return None, None
-
-
-def _number(value: ir.Value | None, shapes: SymbolicShapes, depth: int = 6) -> float | None:
-    """A scalar that is constant, or computed from static dims (torchscript computes 1/sqrt(head_dim) at run time)."""
-    found = scalar(value)
-    if found is not None or value is None or depth == 0:
-        return found
-    content = shapes.content(value)
-    if content is not None:
-        return float(content[0][0]) if len(content) == 1 and not content[0][1] else None
-    node = producer(value, "Cast", "Sqrt", "Div", "Mul", "Reciprocal", "Identity", "Squeeze", "Unsqueeze", "Reshape")
-    if node is None:
-        return None
-    operands = node.inputs[:2] if node.op_type in ("Div", "Mul") else node.inputs[:1]
-    numbers = [_number(operand, shapes, depth - 1) for operand in operands]
-    known = [found for found in numbers if found is not None]
-    if len(known) != len(numbers):
-        return None
-    if node.op_type in ("Sqrt", "Div", "Reciprocal") and (known[-1] < 0 or (known[-1] == 0 and node.op_type != "Sqrt")):
-        return None
-    if node.op_type == "Sqrt":
-        return math.sqrt(known[0])
-    if node.op_type == "Reciprocal":
-        return 1.0 / known[0]
-    if node.op_type == "Div":
-        return known[0] / known[1]
-    return math.prod(known)
-
-
-def _split_heads(
-    value: ir.Value | None, shapes: SymbolicShapes, role: str, *, transposed: bool
-) -> tuple[ir.Value, int, int, float]:
-    """The [batch, length, heads * head_dim] tensor behind ``value``, heads, head_dim, and the scale on the way."""
+def _split_heads(value: ir.Value | None, shapes: SymbolicShapes, role: str, *, transposed: bool) -> Operand:
+    """The tensor behind ``value`` that was split into heads, and how."""
     scale, chain = 1.0, list[ir.Node]()
     base = value
     while (node := producer(base, "Reshape", "Transpose", "Mul", "Div")) is not None:
@@ -265,28 +233,40 @@ def _split_heads(
         raise NotAttention(f"{role} does not come from a [batch, length, hidden] tensor by Reshape and Transpose")
     above_scale = start == 0 and shapes.dims(base) == dims
     source = base if above_scale else chain[start].inputs[0]
-    view = whole_view(dims)
-    for node in chain[start:]:
-        followed = follow_view(view, node, shapes)
-        if followed is None:
-            raise NotAttention(f"cannot prove what {node.op_type} {node.name} does to {role}")
-        view = followed
+    view = _followed(whole_view(dims), chain[start:], shapes, role)
     found = origins(view)
-    outer = [[(axis,)] if dims[axis] != ONE else [] for axis in (0, 1)]
+    first, second = ([(axis,)] if dims[axis] != ONE else [] for axis in (0, 1))
     head_axis, length_axis, dim_axis = (1, 3, 2) if transposed else (1, 2, 3)
-    if len(view) != 4 or found[0] != outer[0] or found[length_axis] != outer[1] or source is None:
+    if len(view) != 4 or source is None or [found[0], found[length_axis]] not in ([first, second], [second, first]):
         raise NotAttention(f"{role} is not split into [batch, heads, length, head_dim]")
     split = (found[head_axis], found[dim_axis])
     if split not in (([(2, 0)], [(2, 1)]), ([], [(2,)]), ([(2,)], [])):
         raise NotAttention(f"the hidden axis of {role} is not split into heads and head_dim")
-    sizes = [view[axis][0][0] if view[axis] else ONE for axis in (head_axis, dim_axis)]
-    if sizes[0][1] or sizes[1][1]:
+    heads, head_dim = (view[axis][0][0] if view[axis] else ONE for axis in (head_axis, dim_axis))
+    if heads[1] or head_dim[1]:
         raise NotAttention(f"the number of heads of {role} is not a constant")
-    return source, sizes[0][0], sizes[1][0], scale
+    length_first = [found[0], found[length_axis]] != [first, second]
+    batch, length = (dims[1], dims[0]) if length_first else (dims[0], dims[1])
+    return Operand(source, length_first, batch, length, heads[0], head_dim[0], scale)
 
 
-def _merge_heads(context: ir.Node, dims: Dims, shapes: SymbolicShapes, nodes: list[ir.Node]) -> ir.Node:
-    """The last node of the chain that turns [batch, heads, length, head_dim] into [batch, length, heads * head_dim]."""
+def _followed(view: View, chain: list[ir.Node], shapes: SymbolicShapes, role: str) -> View:
+    for node in chain:
+        followed = follow_view(view, node, shapes)
+        if followed is None:
+            raise NotAttention(f"cannot prove what {node.op_type} {node.name} does to {role}")
+        view = followed
+    return view
+
+
+def _merge_heads(
+    context: ir.Node, dims: Dims, shapes: SymbolicShapes, nodes: list[ir.Node]
+) -> tuple[ir.Node, Dims, bool]:
+    """Follows [batch, heads, length, head_dim] down to where the heads are merged.
+
+    Returns the node that does it, the dims of its output ([batch, length, hidden], or the same with batch and length
+    joined or swapped), and whether the length comes before the batch there.
+    """
     view = whole_view(dims)
     batch, heads, length, head_dim = origins(view)
     node = context
@@ -294,10 +274,13 @@ def _merge_heads(context: ir.Node, dims: Dims, shapes: SymbolicShapes, nodes: li
         following = only_consumer(node.outputs[0])
         if following is None or not is_op(following, "Reshape", "Transpose"):
             raise NotAttention("the heads of the result are not merged into [batch, length, hidden]")
-        followed = follow_view(view, following, shapes)
-        if followed is None:
-            raise NotAttention(f"cannot prove what {following.op_type} {following.name} does to the result")
-        view, node = followed, following
+        view, node = _followed(view, [following], shapes, "the result"), following
         nodes.append(node)
-        if origins(view) == [batch, length, heads + head_dim]:
-            return node
+        found = origins(view)
+        if found[-1] != heads + head_dim:
+            continue
+        order = [origin for axis in found for origin in axis]
+        for first, second in ((batch, length), (length, batch)):
+            if order == [*first, *second, *heads, *head_dim]:
+                result = tuple(multiply([dim for dim, _ in axis]) for axis in view)
+                return node, result, (first, second) != (batch, length)

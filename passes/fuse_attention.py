@@ -22,9 +22,10 @@ from ..compiler.graph import (
     require_domain,
 )
 from .attention_mask import MaskBuilder, is_finite, is_written_infinity
-from .attention_match import AttentionMatch, NotAttention, match_attention
+from .attention_match import AttentionMatch, NotAttention, Operand, match_attention
 from .projections import biased_product
-from .symbolic import SymbolicShapes
+from .simplify_shapes import constant_target
+from .symbolic import SymbolicShapes, number
 
 Form = Literal["auto", "Attention", "MultiHeadAttention"]
 _RULE = "softmax(scale * Q K^T + mask) V -> fused attention"
@@ -40,7 +41,8 @@ class FuseAttention(Pass):
     1. Scores are ``Q K^T`` with constant scales anywhere: on the scores, on Q, on K, as Mul or Div.
     2. Any number of masks or biases added to the scores; or ``Where(condition, scores, fill)`` with a fill <= -1e9.
     3. Q, K and V come from [batch, length, heads * head_dim] tensors by any chain of Reshape and Transpose that
-       provably means "split heads" (K also transposed), and the result goes back by "merge heads".
+       provably means "split heads" (K also transposed), and the result goes back by "merge heads". Where the length
+       comes before the batch (``torch.nn.MultiheadAttention``), Transposes bring it into order and back.
     4. The NaN guard of torch's SDPA export (``Where(IsNaN(p), 0, p)``) is dropped where the mask is provably finite;
        Attention gives 0 for fully masked rows by itself; else the guard moves behind the fused node, where a fully
        masked row is NaN as a whole.
@@ -102,60 +104,78 @@ class _Builder:
         graph = match.last.graph
         if not isinstance(graph, ir.Graph):
             raise NotAttention("the block lies in a model-local function; inline functions first")
+        target = self._regroup(match)
         finite = is_finite(match)
         standard = self._standard and (finite or (match.guarded and is_written_infinity(match)))
         new: list[ir.Node] = []
-        mask = self._masks.bias(match, graph, new, lifted=standard and finite)
         base = self._names.fresh(f"{match.softmax.name or 'attention'}/attention")
-        new.append(self._attention(match, mask, base) if standard else self._multi_head(match, mask, base, graph))
+        operands = [self._batch_first(part, new) for part in (match.query, match.key, match.value)]
+        mask = self._masks.bias(match, operands[:2], graph, new, lifted=standard and finite)
+        heads = match.query.heads
+        if standard:
+            inputs: list[ir.Value | None] = [*operands, mask]
+            attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": heads}
+        else:
+            inputs = [*self._projection_bias(operands, graph, base), None, mask]
+            attributes = {"num_heads": heads}
+        while inputs[-1] is None:
+            inputs.pop()
+        op, domain = ("Attention", "") if standard else ("MultiHeadAttention", MICROSOFT)
+        result = match.last.outputs[0]
+        output = self._names.fresh(f"{result.name}_attention")
+        like = result if target is None else None
+        attributes |= _scale(match)
+        dtype = result.dtype
+        new.append(
+            make_node(
+                op, inputs, name=base, output=output, like=like, dtype=dtype, attributes=attributes, domain=domain
+            )
+        )
         if match.guarded and not finite and not standard:
             new += self._guard(new[-1].outputs[0], graph)
+        if match.result_length_first:
+            new.append(self._swap(new[-1].outputs[0], f"{base}/length_first"))
+        if target is not None and len(target) != 3:
+            shape = add_initializer(graph, self._names, f"{base}.shape", np.array(target, np.int64))
+            name = self._names.fresh(f"{base}/reshape")
+            inputs = [new[-1].outputs[0], shape]
+            new.append(make_node("Reshape", inputs, name=name, output=self._names.fresh(f"{name}_out"), like=result))
         replace(match.last, new, by=self._by, gone=match.nodes)
-        return "Attention" if standard else "MultiHeadAttention"
+        return op
 
-    def _attention(self, match: AttentionMatch, mask: ir.Value | None, base: str) -> ir.Node:
-        operands = [match.query, match.key, match.value, *([mask] if mask is not None else [])]
-        heads = {"q_num_heads": match.heads, "kv_num_heads": match.heads}
-        return self._node("Attention", operands, match, base, {**heads, **_scale(match)})
+    def _regroup(self, match: AttentionMatch) -> tuple[int, ...] | None:
+        """The constant shape of a result that is not [batch, length, hidden]; None for one that is."""
+        hidden = number(match.value.heads * match.value.head_dim)
+        outer = [match.query.batch, match.query.length]
+        if match.result_length_first:
+            outer.reverse()
+        if match.result == (*outer, hidden) and not match.result_length_first:
+            return None
+        target = constant_target((*outer, hidden), match.result)
+        if target is None:
+            raise NotAttention("the shape of the result cannot be written as a constant")
+        return target
 
-    def _multi_head(self, match: AttentionMatch, mask: ir.Value | None, base: str, graph: ir.Graph) -> ir.Node:
-        inputs, bias = self._projection_bias(match, graph, base)
-        operands = [*inputs, bias, None, mask]
-        while operands[-1] is None:
-            operands.pop()
-        attributes = {"num_heads": match.heads, **_scale(match)}
-        return self._node("MultiHeadAttention", operands, match, base, attributes, domain=MICROSOFT)
+    def _batch_first(self, operand: Operand, new: list[ir.Node]) -> ir.Value:
+        """Q, K or V as [batch, length, hidden]."""
+        if not operand.length_first:
+            return operand.value
+        new.append(self._swap(operand.value, f"{operand.value.name}/batch_first"))
+        return new[-1].outputs[0]
 
-    def _node(
-        self,
-        op: str,
-        operands: list[Any],
-        match: AttentionMatch,
-        base: str,
-        attributes: dict[str, Any],
-        domain: str = "",
-    ) -> ir.Node:
-        result = match.last.outputs[0]
-        return make_node(
-            op,
-            operands,
-            name=base,
-            output=self._names.fresh(f"{result.name}_attention"),
-            like=result,
-            attributes=attributes,
-            domain=domain,
-        )
+    def _swap(self, value: ir.Value, base: str) -> ir.Node:
+        name = self._names.fresh(base)
+        attributes = {"perm": [1, 0, 2]}
+        output = self._names.fresh(f"{name}_out")
+        return make_node("Transpose", [value], name=name, output=output, dtype=value.dtype, attributes=attributes)
 
-    def _projection_bias(
-        self, match: AttentionMatch, graph: ir.Graph, base: str
-    ) -> tuple[list[ir.Value | None], ir.Value | None]:
-        """Joins the constant biases of the three projections into one initializer [hidden + hidden + v_hidden]."""
-        found = [biased_product(value) for value in (match.query, match.key, match.value)]
-        pairs = [pair for pair in found if pair is not None]
+    def _projection_bias(self, operands: list[ir.Value], graph: ir.Graph, base: str) -> list[ir.Value | None]:
+        """Q, K, V, and their constant biases joined to [hidden + hidden + v_hidden] where all three have one."""
+        pairs = [pair for pair in map(biased_product, operands) if pair is not None]
         if len(pairs) != 3:
-            return [match.query, match.key, match.value], None
+            return [*operands, None]
         joined = np.concatenate([array for _, array in pairs])
-        return [product for product, _ in pairs], add_initializer(graph, self._names, f"{base}.bias", joined)
+        return [*(product for product, _ in pairs), add_initializer(graph, self._names, f"{base}.bias", joined)]
 
     def _guard(self, result: ir.Value, graph: ir.Graph) -> list[ir.Node]:
         zero = add_initializer(graph, self._names, "guard_zero", np.array(0.0, np.float32))
@@ -167,4 +187,4 @@ class _Builder:
 
 def _scale(match: AttentionMatch) -> dict[str, float]:
     """The scale attribute, left out where it is the default 1 / sqrt(head_dim)."""
-    return {} if math.isclose(match.scale, match.head_dim**-0.5, rel_tol=1e-6) else {"scale": match.scale}
+    return {} if math.isclose(match.scale, match.query.head_dim**-0.5, rel_tol=1e-6) else {"scale": match.scale}

@@ -337,3 +337,23 @@ def test_four_exports_of_bert(dynamo: bool, implementation: str, tmp_path: Path)
         expected = module(ids, mask).numpy()
     result = next(iter(run_reference(after, feeds)[0].values()))
     assert relative_error(expected, result) <= 1e-5
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("form", ["Attention", "MultiHeadAttention"])
+def test_torch_multihead_attention(batch_first: bool, form: str) -> None:
+    """torch.nn's own layer keeps the length before the batch, and joins both before the output projection."""
+    torch = pytest.importorskip("torch")
+    import onnxlathe as lathe
+
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(HIDDEN, HEADS, 48, batch_first=batch_first).eval()
+    x = torch.randn(2, 7, HIDDEN)
+    model = lathe.export(layer, (x,), dynamic_shapes={"src": ("first", "second")})
+    prepared = lathe.compile(model, ["upgrade-opset", "cleanup", "simplify-shapes"], progress=False).model
+    feeds = [{"src": np.random.default_rng(1).standard_normal((3, 5, HIDDEN)).astype(np.float32)}]
+    after, outcome = rewrite(FuseAttention(form=form), prepared, feeds=feeds, nested=False)  # type: ignore[arg-type]
+    assert outcome.counts == {form: 1}, outcome.refusals
+    with torch.no_grad():
+        expected = layer(torch.from_numpy(feeds[0]["src"])).numpy()
+    assert relative_error(expected, next(iter(run_reference(after, feeds)[0].values()))) <= 1e-5
