@@ -123,7 +123,8 @@ class Report:
                 console.print(Text.assemble((f"{record.name}: ", "bold"), note))
             if refusals:
                 for refusal in record.refusals:
-                    console.print(f"  not {refusal.rule} at {refusal.node}: {refusal.reason}", markup=False)
+                    text = f"not {refusal.rule} at {refusal.node}: {refusal.reason}"
+                    console.print(Text.assemble((f"{record.name}: ", "bold"), text))
         total = sum(len(record.refusals) for record in self.passes)
         if total and not refusals:
             console.print(f"{total} refusals; see report.print(refusals=True) or --refusals.", style="dim")

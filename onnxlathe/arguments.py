@@ -88,7 +88,9 @@ def _language_model(folder: str) -> Any:
     if importlib.util.find_spec("transformers") is None:
         raise ModelError("transformers is not installed.", 'Install it with: pip install "onnxlathe[hf]"')
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
