@@ -180,7 +180,9 @@ def first_difference(
         (value.name or "", node)
         for node in after.graph
         for value in node.outputs
-        if value.name in made_before and value.dtype is not None and made_before[value.name].dtype == value.dtype
+        if value.name in made_before
+        and isinstance(value.type, ir.TensorType)
+        and made_before[value.name].type == value.type
     ]
     step = max(1, len(common) // _MAX_PROBES)
     probes = common[::step]
