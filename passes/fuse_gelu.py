@@ -15,7 +15,6 @@ from ..compiler.graph import (
     all_nodes,
     is_op,
     make_node,
-    only_consumer,
     opset,
     producer,
     remove_dead,
@@ -23,17 +22,22 @@ from ..compiler.graph import (
     require_domain,
     scalar,
 )
-from .polynomial import is_polynomial, polynomial
+from .matching import MORE_AXES, grows_rank, next_node, other_operand
+from .polynomial import Polynomial, is_polynomial, polynomial
 
 _ERF = {1: math.sqrt(0.5)}
 _TANH = {1: math.sqrt(2 / math.pi), 3: math.sqrt(2 / math.pi) * 0.044715}
+# How far constants may be off: people write sqrt(2) as 1.4142 and sqrt(2 / pi) as 0.7979, and half types round them.
+_FLOAT_PRECISION = 3e-5
+_PRECISION: dict[ir.DataType | None, float] = {ir.DataType.FLOAT16: 1e-3, ir.DataType.BFLOAT16: 1e-2}
+_MAX_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseGelu(Pass):
     """Recognizes the activations by what they compute, anchored at Erf, Tanh or Sigmoid.
 
-    1. ``0.5 x (1 + erf(x / sqrt 2))`` -> Gelu; the factors in any order and grouping, constants up to 5e-5.
+    1. ``0.5 x (1 + erf(x / sqrt 2))`` -> Gelu; factors and sums in any order and grouping, constants up to 3e-5.
     2. ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`` -> Gelu(tanh); the cubic in any form, also ``x (a + b x^2)``.
     3. ``x sigmoid(a x)`` -> QuickGelu(alpha=a); a = 1 is SiLU (Swish), a = 1.702 the quick Gelu.
 
@@ -63,36 +67,39 @@ class FuseGelu(Pass):
         return outcome
 
     def _gate(self, anchor: ir.Node, model: ir.Model, names: Names, outcome: Outcome) -> None:
-        """``(1 + anchor(...)) * x * 0.5``: collects the factors downstream until they are complete."""
+        """``x (0.5 + 0.5 anchor(...))``: follows the only readers until the expression is complete."""
         kind, expected = ("erf", _ERF) if is_op(anchor, "Erf") else ("tanh", _TANH)
         rule = f"0.5 x (1 + {kind}(...)) -> Gelu"
-        one_plus = only_consumer(anchor.outputs[0])
-        if one_plus is None or not is_op(one_plus, "Add") or 1.0 not in map(scalar, one_plus.inputs):
+        x = _argument_of(anchor.inputs[0], expected)
+        if x is None:
+            following = next_node(anchor.outputs[0])
+            if following is not None and is_op(following, "Add") and 1.0 in map(scalar, following.inputs):
+                outcome.refuse(anchor, rule, f"the argument of {kind} is not the one of Gelu")
             return
-        x = _root(anchor.inputs[0])
-        if x is None or not is_polynomial(anchor.inputs[0], x, expected):
-            outcome.refuse(anchor, rule, f"the argument of {kind} is not the one of Gelu")
-            return
-        coefficient, has_x, node, gone = 1.0, False, one_plus, [anchor, one_plus]
-        while not (has_x and math.isclose(coefficient, 0.5, rel_tol=1e-5)):
-            following = only_consumer(node.outputs[0])
-            if following is None or not is_op(following, "Mul", "Div"):
-                outcome.refuse(
-                    anchor, rule, f"{node.op_type} {node.name} is also used elsewhere, or is no factor of Gelu"
-                )
+        # The value so far is x^degree (offset + slope anchor(...)).
+        degree, offset, slope, node, gone = 0, 0.0, 1.0, anchor, [anchor]
+        while not (degree == 1 and math.isclose(offset, 0.5, rel_tol=1e-5) and math.isclose(slope, 0.5, rel_tol=1e-5)):
+            following = next_node(node.outputs[0])
+            if following is None:
+                outcome.refuse(anchor, rule, f"{node.op_type} {node.name} is also used elsewhere")
                 return
-            other = following.inputs[1] if following.inputs[0] is node.outputs[0] else following.inputs[0]
-            factor = polynomial(other, x)
-            if factor is None or len(factor) != 1 or (is_op(following, "Div") and other is not following.inputs[1]):
-                outcome.refuse(anchor, rule, f"{following.op_type} {following.name} is no factor of Gelu")
+            term = polynomial(other_operand(following, node.outputs[0]), x)
+            reversed_division = is_op(following, "Div") and following.inputs[0] is not node.outputs[0]
+            power, number = next(iter(term.items())) if term is not None and len(term) == 1 else (-1, 0.0)
+            if is_op(following, "Add") and power == degree:
+                offset += number
+            elif is_op(following, "Div") and power == 0 and number and not reversed_division:
+                offset, slope = offset / number, slope / number
+            elif is_op(following, "Mul") and power in (0, 1 - degree):
+                degree, offset, slope = degree + power, offset * number, slope * number
+            else:
+                outcome.refuse(anchor, rule, f"{following.op_type} {following.name} is no part of Gelu")
                 return
-            degree, number = next(iter(factor.items()))
-            if degree > 1 or (degree == 1 and (has_x or is_op(following, "Div"))):
-                return
-            has_x = has_x or degree == 1
-            coefficient = coefficient / number if is_op(following, "Div") else coefficient * number
             node = following
             gone.append(node)
+        if grows_rank(x, node.outputs[0]):
+            outcome.refuse(anchor, rule, MORE_AXES)
+            return
         if opset(model) >= 20:
             self._write("Gelu", x, node, gone, names, {"approximate": "tanh"} if kind == "tanh" else {}, "")
         else:
@@ -102,19 +109,23 @@ class FuseGelu(Pass):
 
     def _sigmoid(self, anchor: ir.Node, model: ir.Model, names: Names, outcome: Outcome, context: PassContext) -> None:
         rule = "x sigmoid(a x) -> QuickGelu"
-        product = only_consumer(anchor.outputs[0])
-        if product is None or not is_op(product, "Mul"):
+        gate = anchor.outputs[0]
+        for product in [use.node for use in gate.uses() if is_op(use.node, "Mul")]:
+            x = other_operand(product, gate)
+            slope = polynomial(anchor.inputs[0], x) if x is not None else None
+            if x is None or slope is None or set(slope) != {1}:
+                continue  # a gate over another tensor, as in GLU: no activation
+            if next_node(gate) is not product:
+                outcome.refuse(anchor, rule, f"the sigmoid {gate.name} is also used elsewhere")
+            elif grows_rank(x, product.outputs[0]):
+                outcome.refuse(anchor, rule, MORE_AXES)
+            elif context.costs.faster("QuickGelu", "Sigmoid+Mul") is False:
+                outcome.refuse(anchor, rule, "Sigmoid and Mul are measured faster here")
+            else:
+                require_domain(model, MICROSOFT)
+                self._write("QuickGelu", x, product, [anchor, product], names, {"alpha": slope[1]}, MICROSOFT)
+                outcome.counts["SiLU" if math.isclose(slope[1], 1.0) else "QuickGelu"] += 1
             return
-        x = product.inputs[1] if product.inputs[0] is anchor.outputs[0] else product.inputs[0]
-        slope = polynomial(anchor.inputs[0], x) if x is not None else None
-        if x is None or slope is None or set(slope) != {1}:
-            return  # a gate over another tensor, as in GLU: no activation
-        if context.costs.faster("QuickGelu", "Sigmoid+Mul") is False:
-            outcome.refuse(anchor, rule, "Sigmoid and Mul are measured faster here")
-            return
-        require_domain(model, MICROSOFT)
-        self._write("QuickGelu", x, product, [anchor, product], names, {"alpha": slope[1]}, MICROSOFT)
-        outcome.counts["SiLU" if math.isclose(slope[1], 1.0) else "QuickGelu"] += 1
 
     def _write(
         self,
@@ -137,19 +148,18 @@ def _is_gelu(node: ir.Node) -> bool:
     return is_op(node, "Gelu") or is_op(node, "Gelu", "FastGelu", "BiasGelu", "QuickGelu", domain=MICROSOFT)
 
 
-def _root(value: ir.Value | None) -> ir.Value | None:
-    """The tensor that the argument of Erf or Tanh is a function of: up through scalar arithmetic."""
-    candidates: list[ir.Value] = []
+def _argument_of(value: ir.Value | None, expected: Polynomial) -> ir.Value | None:
+    """The tensor x of which ``value`` is the polynomial ``expected``: searched upwards through arithmetic."""
     todo = [value]
-    for _ in range(16):
+    for _ in range(_MAX_STEPS):
         if not todo:
             break
-        current = todo.pop()
-        node = producer(current, "Add", "Mul", "Div", "Pow", "Sub")
+        current = todo.pop(0)
         if current is None or scalar(current) is not None:
             continue
-        candidates.append(current)
+        precision = _PRECISION.get(current.dtype, _FLOAT_PRECISION)
+        if current is not value and is_polynomial(value, current, expected, precision):
+            return current
+        node = producer(current, "Add", "Mul", "Div", "Pow", "Sub")
         todo += node.inputs if node is not None else []
-    # The argument is a polynomial in x: the candidate closest to the inputs of which that is true.
-    good = [item for item in candidates if item is not value and polynomial(value, item) is not None]
-    return good[-1] if good else None
+    return None

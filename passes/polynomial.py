@@ -49,7 +49,7 @@ def polynomial(value: ir.Value | None, x: ir.Value, depth: int = _MAX_DEPTH) -> 
     return result
 
 
-def is_polynomial(value: ir.Value | None, x: ir.Value, expected: Polynomial, relative: float = 5e-5) -> bool:
+def is_polynomial(value: ir.Value | None, x: ir.Value, expected: Polynomial, relative: float) -> bool:
     """Whether ``value`` is the polynomial ``expected`` in ``x``, up to rounded constants."""
     found = polynomial(value, x)
     return (

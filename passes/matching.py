@@ -1,0 +1,43 @@
+"""What the fusing passes share: walking from a node to its only reader, and operands in either order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from ..compiler.graph import only_consumer, rank
+
+MORE_AXES = "a constant of higher rank gives the result more axes than the input has"
+
+
+def next_node(value: ir.Value) -> ir.Node | None:
+    """The only reader of ``value``, if it lies in the same graph.
+
+    A reader in the body of an If or Loop does not count: fused there, a product computed once would be computed in
+    every iteration.
+    """
+    node = only_consumer(value)
+    return node if node is not None and node.graph is value.graph else None
+
+
+def other_operand(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The operand of a binary ``node`` that is not ``value``; None if ``node`` has one operand."""
+    first, second = (*node.inputs, None)[:2]
+    return second if first is value else first
+
+
+def operands(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """The two operands of a binary ``node``, in the order they stand in and, if it commutes, in the other."""
+    first, second = (*node.inputs, None)[:2]
+    if first is None or second is None:
+        return
+    yield first, second
+    if node.op_type in ("Add", "Mul"):
+        yield second, first
+
+
+def grows_rank(x: ir.Value, result: ir.Value) -> bool:
+    """Whether constants of a higher rank ([1, 1, 1] for a number) give ``result`` axes that ``x`` does not have."""
+    before, after = rank(x), rank(result)
+    return before is not None and after is not None and before != after
