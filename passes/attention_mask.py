@@ -11,10 +11,10 @@ from ..compiler.graph import Names, add_initializer, constant, is_op, make_node,
 from .attention_match import AttentionMatch
 from .symbolic import SymbolicShapes
 
+# The numbers below are of the mask's own type: float32 or float16.
 # ORT's CPU Attention-23 kernel takes exactly the lowest float for "masked" and gives 0 for rows that are masked
 # everywhere, where softmax gives the mean of V. A hair above it, both agree: a score added to it is lost in rounding.
-_NEARLY_LOWEST = np.float32(-3e38)
-_LOWEST = np.float32(np.finfo(np.float32).min)
+_HAIR = 0.9
 
 
 class MaskBuilder:
@@ -42,7 +42,7 @@ class MaskBuilder:
             sources: Q and K as [batch, length, hidden].
             graph: the graph it lies in.
             new: receives the nodes that make the bias, in order.
-            lifted: replace values below -3e38 (minus infinity too) by -3e38.
+            lifted: replace the lowest floats (minus infinity too) by a number a hair above them.
         """
         if match.fill is None and not match.masks:
             return None
@@ -62,9 +62,10 @@ class MaskBuilder:
             condition, yes, no = match.fill.inputs
             first = scalar(yes) is not None
             low = scalar(yes) if first else scalar(no)
-            number = _LOWEST if low is None or math.isfinite(low) else np.float32(low)
-            branches = [number, np.float32(0)] if first else [np.float32(0), number]
-            return self._where(condition, branches, graph, new, lifted)
+            dtype = match.fill.outputs[0].dtype or ir.DataType.FLOAT
+            number = _lowest(dtype) if low is None or math.isfinite(low) else low
+            branches = [number, 0.0] if first else [0.0, number]
+            return self._where(condition, branches, dtype, graph, new, lifted)
         value = match.masks[0]
         for other in match.masks[1:]:
             value = self._append("Add", [value, other], "mask_sum", value.dtype, new)
@@ -72,20 +73,29 @@ class MaskBuilder:
             return value
         node = producer(value, "Where")
         numbers = [scalar(item) for item in node.inputs[1:]] if node is not None else []
-        known = [np.float32(item) for item in numbers if item is not None]
+        known = [item for item in numbers if item is not None]
+        dtype = value.dtype or ir.DataType.FLOAT
+        lowest = _HAIR * _lowest(dtype)
         if node is not None and len(known) == 2:
-            return value if min(known) >= _NEARLY_LOWEST else self._where(node.inputs[0], known, graph, new, lifted)
-        floor = add_initializer(graph, self._names, "mask_floor", np.array(_NEARLY_LOWEST))
+            return value if min(known) >= lowest else self._where(node.inputs[0], known, dtype, graph, new, lifted)
+        floor = add_initializer(graph, self._names, "mask_floor", np.array(lowest, dtype.numpy()))
         made = self._append("Max", [value, floor], "mask_lifted", value.dtype, new)
         made.shape = value.shape
         return made
 
     def _where(
-        self, condition: ir.Value | None, branches: list[np.float32], graph: ir.Graph, new: list[ir.Node], lifted: bool
+        self,
+        condition: ir.Value | None,
+        branches: list[float],
+        dtype: ir.DataType,
+        graph: ir.Graph,
+        new: list[ir.Node],
+        lifted: bool,
     ) -> ir.Value:
-        numbers = [max(number, _NEARLY_LOWEST) if lifted else number for number in branches]
-        sources = [add_initializer(graph, self._names, "mask_value", np.array(number)) for number in numbers]
-        made = self._append("Where", [condition, *sources], "mask", ir.DataType.FLOAT, new)
+        numbers = [max(number, _HAIR * _lowest(dtype)) if lifted else number for number in branches]
+        arrays = [np.array(number, dtype.numpy()) for number in numbers]
+        sources = [add_initializer(graph, self._names, "mask_value", array) for array in arrays]
+        made = self._append("Where", [condition, *sources], "mask", dtype, new)
         made.shape = condition.shape if condition is not None else None
         return made
 
@@ -119,6 +129,10 @@ class MaskBuilder:
         )
         new.append(node)
         return node.outputs[0]
+
+
+def _lowest(dtype: ir.DataType) -> float:
+    return float(np.finfo(dtype.numpy()).min)
 
 
 def is_finite(match: AttentionMatch) -> bool:

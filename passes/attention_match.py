@@ -13,6 +13,7 @@ from .views import View, follow_view, origins, whole_view
 
 # A fill below this leaves no weight beside any unmasked score, so adding it is the same as writing it.
 _MASKED = -1e9
+_MASKED_HALF = -6e4  # float16 ends at -65504
 
 
 class NotAttention(Exception):
@@ -157,8 +158,9 @@ class _Scores:
             self._unscaled_so_far()
             if self.masks or self.fill is not None:
                 raise NotAttention("the scores are masked more than once, once by writing a fill")
-            if low > _MASKED:
-                raise NotAttention(f"the fill {low:g} could leave weight on masked positions (<= {_MASKED:g} does not)")
+            highest = _MASKED_HALF if node.outputs[0].dtype == ir.DataType.FLOAT16 else _MASKED
+            if low > highest:
+                raise NotAttention(f"the fill {low:g} could leave weight on masked positions (<= {highest:g} does not)")
             self.fill = node
             return scores
         raise NotAttention("")

@@ -48,6 +48,9 @@ class FuseAttention(Pass):
        masked row is NaN as a whole.
     5. For MultiHeadAttention, constant biases of all three projections become the node's own bias input.
 
+    In float16 rows that are masked everywhere by a finite number have no defined meaning (the number does not drown the
+    scores in kernels that compute in float32); all others keep theirs.
+
     Refused: probabilities or scores used elsewhere, softmax over another axis, unequal heads of Q and K/V (grouped
     heads belong to the decoder fusion), head layouts that cannot be proved.
 
@@ -178,7 +181,8 @@ class _Builder:
         return [*(product for product, _ in pairs), add_initializer(graph, self._names, f"{base}.bias", joined)]
 
     def _guard(self, result: ir.Value, graph: ir.Graph) -> list[ir.Node]:
-        zero = add_initializer(graph, self._names, "guard_zero", np.array(0.0, np.float32))
+        dtype = result.dtype.numpy() if result.dtype is not None else np.float32
+        zero = add_initializer(graph, self._names, "guard_zero", np.array(0.0, dtype))
         names = [self._names.fresh(f"{result.name}_{word}") for word in ("isnan", "guarded")]
         nan = make_node("IsNaN", [result], name=names[0], output=names[0], like=result, dtype=ir.DataType.BOOL)
         where = make_node("Where", [nan.outputs[0], zero, result], name=names[1], output=names[1], like=result)
