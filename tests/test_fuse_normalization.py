@@ -19,6 +19,10 @@ CONSTANTS = {
     "two": np.float32(2),
     "one": np.float32(1),
     "neg": np.float32(-0.5),
+    "eight": np.float32(8),
+    "seven": np.float32(7),
+    "eighth": np.float32(1 / 8),
+    "eps4": np.full((1, 1, 1, 1), 1e-5, np.float32),
     "last": np.array([-1]),
     "axis2": np.array([2]),
     "axis1": np.array([1]),
@@ -41,18 +45,27 @@ def build(body: str, outputs: str = "y", opset: int = 23, x: str = SHAPE) -> ir.
 
 CENTRE = "m = ReduceMean(x, last) d = Sub(x, m) "
 ROOT = "v = ReduceMean(q, last) w = Add(v, eps) r = Sqrt(w) "
+SUM = "t = ReduceSum(q, last) "
 LAYER = {
     "Pow, Sqrt, Div": CENTRE + "q = Pow(d, two) " + ROOT + "n = Div(d, r) h = Mul(n, g) y = Add(h, b)",
     "Mul, Reciprocal": CENTRE + "q = Mul(d, d) " + ROOT + "i = Reciprocal(r) n = Mul(d, i) h = Mul(g, n) y = Add(b, h)",
     "1 / root": CENTRE + "q = Mul(d, d) " + ROOT + "i = Div(one, r) n = Mul(i, d) h = Mul(n, g) y = Add(h, b)",
     "Pow(-0.5)": CENTRE + "q = Mul(d, d) v = ReduceMean(q, axis2) w = Add(eps, v) i = Pow(w, neg) n = Mul(d, i) "
     "h = Mul(n, g) y = Add(h, b)",
+    "scale first": CENTRE + "q = Mul(d, d) " + ROOT + "i = Reciprocal(r) k = Mul(i, g) n = Mul(d, k) y = Add(n, b)",
+    "sum / width": CENTRE + "q = Mul(d, d) " + SUM + "v = Div(t, eight) w = Add(v, eps) r = Sqrt(w) "
+    "n = Div(d, r) h = Mul(n, g) y = Add(h, b)",
     "scale [1, 1, 8]": CENTRE + "q = Mul(d, d) " + ROOT + "n = Div(d, r) h = Mul(n, g3) y = Add(h, b)",
 }
 RMS = {
     "Pow, Sqrt, Div": "q = Pow(x, two) " + ROOT + "n = Div(x, r) y = Mul(n, g)",
     "Llama": "q = Pow(x, two) " + ROOT + "i = Reciprocal(r) n = Mul(x, i) y = Mul(g, n)",
     "no scale": "q = Mul(x, x) " + ROOT + "y = Div(x, r)",
+    "scale first": "q = Mul(x, x) " + ROOT + "i = Div(one, r) k = Mul(g, i) y = Mul(k, x)",
+    "sum * 1 / width": "q = Pow(x, two) " + SUM + "v = Mul(eighth, t) w = Add(v, eps) r = Sqrt(w) n = Div(x, r) "
+    "y = Mul(n, g)",
+    "ReduceSumSquare": "t = ReduceSumSquare(x, last) v = Div(t, eight) w = Add(v, eps) r = Sqrt(w) n = Div(x, r) "
+    "y = Mul(n, g)",
 }
 
 
@@ -111,6 +124,10 @@ NEAR_MISSES = {
     "variance read elsewhere": (PLAIN, "y, v", "also used elsewhere"),
     "centred input read elsewhere": (PLAIN, "y, d", "also used elsewhere"),
     "divides another tensor": ("e = Exp(x) q = Mul(x, x) " + ROOT + "y = Div(e, r)", "y", ""),
+    "scaled root read elsewhere": (RMS["scale first"], "y, k", "inverse root k is also used elsewhere"),
+    "sum over another width": (LAYER["sum / width"].replace("eight", "seven"), "y", "not divided by the width 8"),
+    "sum not divided": ("q = Mul(x, x) " + SUM + "w = Add(t, eps) r = Sqrt(w) y = Div(x, r)", "y", "width 8"),
+    "epsilon adds an axis": (PLAIN_RMS.replace("eps", "eps4"), "y", "more axes"),
     "mean of squares alone": ("q = Mul(x, x) y = ReduceMean(q, last)", "y", ""),
 }
 
@@ -129,6 +146,23 @@ def test_scale_that_is_no_row_stays_outside() -> None:
     body = "q = Mul(x, x) " + ROOT + "n = Div(x, r) y = Mul(n, column)"
     after, _ = rewrite(FuseNormalization(), build(body, x="float[batch, 8, 8]"))
     assert ops(after) == {"RMSNormalization": 1, "Mul": 1}
+
+
+def test_bias_without_scale() -> None:
+    after, _ = rewrite(FuseNormalization(), build(PLAIN.replace("h = Mul(n, g) y = Add(h, b)", "y = Add(n, b)")))
+    assert ops(after) == {"LayerNormalization": 1}
+
+
+def test_casts_that_are_no_half_precision_stay() -> None:
+    body = "f = Cast<to=1>(x) " + RMS["no scale"].replace("x, x", "f, f").replace("y = Div(x", "n = Div(f")
+    model = build(body + " y = Cast<to=7>(n)", x="int64[batch, s, 8]", outputs="int64[batch, s, 8] y")
+    after, _ = rewrite(FuseNormalization(), model, feeds=[{"x": np.ones((1, 2, 8), np.int64)}])
+    assert ops(after) == {"Cast": 2, "RMSNormalization": 1}
+
+
+def test_present_ones_are_noted() -> None:
+    outcome = refused(FuseNormalization(), build("y = LayerNormalization(x, g, b)"))
+    assert outcome.notes == ["1 normalizations were there already"]
 
 
 def test_shared_scale(tmp_path: Path) -> None:
