@@ -28,7 +28,7 @@ from ..compiler.graph import (
     replace,
     scalar,
 )
-from .matching import MORE_AXES, grows_rank, next_node, other_operand
+from .matching import MORE_AXES, as_vector, grows_rank, next_node, other_operand
 from .symbolic import SymbolicShapes
 
 _LAYER_OPSET, _RMS_OPSET = 17, 23
@@ -114,7 +114,7 @@ class FuseNormalization(Pass):
             scale = add_initializer(graph, names, f"{base}.ones", np.ones(width, match.x.dtype.numpy()))
         node = make_node(
             kind,
-            [match.x, _vector(scale, graph, names), *([_vector(match.bias, graph, names)] if match.bias else [])],
+            [match.x, as_vector(scale, graph, names), *([as_vector(match.bias, graph, names)] if match.bias else [])],
             name=base,
             output=names.fresh(f"{result.name}_normalized"),
             like=result,
@@ -272,11 +272,3 @@ def _width(x: ir.Value, shapes: SymbolicShapes) -> int | None:
     """The size of the last axis, if it is known."""
     dims = shapes.dims(x)
     return dims[-1][0] if dims and not dims[-1][1] else None
-
-
-def _vector(value: ir.Value | None, graph: ir.Graph, names: Names) -> ir.Value | None:
-    """``value`` as a 1-D tensor: a constant [1, 1, D] is written anew as [D]."""
-    if value is None or value.shape is None or len(value.shape) == 1:
-        return value
-    array = constant(value)
-    return value if array is None else add_initializer(graph, names, f"{value.name}_row", array.reshape(-1))

@@ -15,15 +15,18 @@ from ..compiler.graph import (
     Names,
     all_nodes,
     attribute,
+    constant,
     dims,
     is_op,
     only_consumer,
     producer,
+    rank,
     remove_dead,
     require_domain,
     subgraphs,
 )
 from ..runtime.capabilities import ROWS
+from .matching import as_vector
 
 _KINDS = {
     "LayerNormalization": ("SkipLayerNormalization", "Add+LayerNormalization"),
@@ -91,7 +94,10 @@ class FuseSkipNormalization(Pass):
             values.append(
                 ir.Value(name=names.fresh(f"{sum_value.name}_sum"), shape=sum_value.shape, type=sum_value.type)
             )
-        inputs = [*total.inputs, *node.inputs[1:]]
+        if not isinstance(graph, ir.Graph):
+            raise ValueError(f"{node.name} is not in a graph")
+        parts = [as_vector(value, graph, names) if value is not None else None for value in node.inputs[1:]]
+        inputs = [*total.inputs, *parts]
         attributes = {"epsilon": attribute(node, "epsilon", 1e-5)}
         name = names.fresh(f"{node.name}/{kind}")
         new = ir.node(kind, inputs, attributes=attributes, domain=MICROSOFT, outputs=values, name=name)
@@ -99,8 +105,6 @@ class FuseSkipNormalization(Pass):
         new.metadata_props[PASS_KEY] = self.name
         new.metadata_props[FROM_KEY] = f"{total.op_type}:{total.name}, {node.op_type}:{node.name}"
         pairs = [(result, values[0]), *([(sum_value, values[3])] if needed else [])]
-        if graph is None:
-            raise ValueError(f"{node.name} is not in a graph")
         # The sum moves to where the normalization stands; its other readers come later, as _obstacle made sure.
         old_values, new_values = zip(*pairs, strict=True)
         ir.convenience.replace_nodes_and_values(graph, node, [node], [new], old_values, new_values)
@@ -121,10 +125,18 @@ def _obstacle(node: ir.Node, total: ir.Node | None, order: dict[ir.Node, int]) -
         return f"the fused kernel has no {node.outputs[0].dtype} form"
     if attribute(node, "axis", -1) not in (-1, len(shapes[0]) - 1):
         return "it does not normalize the last axis"
+    if not all(_is_row(value) for value in node.inputs[1:] if value is not None):
+        return "its scale or bias is no vector"
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return "its mean or inverse standard deviation output is read"
     early = any(order[use.node] < order[node] for use in total.outputs[0].uses())
     return "the sum is read before the normalization" if early else ""
+
+
+def _is_row(value: ir.Value) -> bool:
+    """Whether ``value`` is a vector, or a constant that is one but for axes of size 1."""
+    array = constant(value, limit=1 << 20) if rank(value) != 1 else None
+    return rank(value) == 1 or (array is not None and array.ndim > 0 and array.size == array.shape[-1])
 
 
 def _order(model: ir.Model) -> dict[ir.Node, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from ..compiler.graph import only_consumer, rank
+from ..compiler.graph import Names, add_initializer, constant, only_consumer, rank
 
 MORE_AXES = "a constant of higher rank gives the result more axes than the input has"
 
@@ -41,3 +41,9 @@ def grows_rank(x: ir.Value, result: ir.Value) -> bool:
     """Whether constants of a higher rank ([1, 1, 1] for a number) give ``result`` axes that ``x`` does not have."""
     before, after = rank(x), rank(result)
     return before is not None and after is not None and before != after
+
+
+def as_vector(value: ir.Value, graph: ir.Graph, names: Names) -> ir.Value:
+    """``value`` as a 1-D tensor: a constant [1, 1, D] is written anew as [D]; what is no constant stays."""
+    array = constant(value) if rank(value) != 1 else None
+    return value if array is None else add_initializer(graph, names, f"{value.name}_vector", array.reshape(-1))

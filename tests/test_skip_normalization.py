@@ -45,14 +45,14 @@ def test_split_with_every_part() -> None:
     body = f"y, m, v, s = {MS}SkipLayerNormalization<epsilon = 0.001>(x, r, g, b, c)  z = Neg(s)"
     model = build(body, "float[n, s, 8] y, float[n, s, 8] z")
     after, outcome = rewrite(SplitSkipNormalization(), model)
-    assert ops(after) == {"Exp": 1, "Tanh": 1, "Sum": 1, "LayerNormalization": 1, "Neg": 1}
-    assert outcome.counts == {"SkipLayerNormalization -> Sum + LayerNormalization": 1}
+    assert ops(after) == {"Exp": 1, "Tanh": 1, "Add": 2, "LayerNormalization": 1, "Neg": 1}
+    assert outcome.counts == {"SkipLayerNormalization -> Add + LayerNormalization": 1}
 
 
 def test_split_whose_sum_is_an_output() -> None:
     model = build(f"y, , , s = {MS}SkipSimplifiedLayerNormalization(x, r, g)", "float[n, s, 8] y, float[n, s, 8] s")
     after, _ = rewrite(SplitSkipNormalization(), model)
-    assert ops(after) == {"Exp": 1, "Tanh": 1, "Sum": 1, "RMSNormalization": 1}
+    assert ops(after) == {"Exp": 1, "Tanh": 1, "Add": 1, "RMSNormalization": 1}
     assert [value.name for value in after.graph.outputs] == ["y", "s"]
 
 
@@ -61,7 +61,7 @@ def test_default_onnxruntime_leaves_the_split_form_alone(tmp_path: Path) -> None
     body = "s = Add(x, r)  y = LayerNormalization<axis = -1>(s, g, b)"
     for step, expected in (
         (None, {"SkipLayerNormalization"}),
-        (SplitSkipNormalization(), {"Sum", "LayerNormalization"}),
+        (SplitSkipNormalization(), {"Add", "LayerNormalization"}),
     ):
         out = lathe.compile(build(body), [step] if step else [], progress=False)
         source, dump = out.save(tmp_path / "m.onnx"), tmp_path / "optimized.onnx"
@@ -71,9 +71,23 @@ def test_default_onnxruntime_leaves_the_split_form_alone(tmp_path: Path) -> None
         ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         assert {node.op_type for node in ir.load(dump).graph} & {
             "SkipLayerNormalization",
-            "Sum",
+            "Add",
             "LayerNormalization",
         } == expected
+
+
+def test_protected_layers_share_a_scale() -> None:
+    layer = "s{0} = Add({1}, r) y{0} = LayerNormalization<epsilon = 0.001>(s{0}, g, b) "
+    model = build(layer.format(1, "x") + layer.format(2, "y1") + "y = Neg(y2)")
+    after, outcome = rewrite(SplitSkipNormalization(), model)
+    assert outcome.counts == {"Add kept apart from LayerNormalization": 2}
+    scales = {node.inputs[1] for node in after.graph if node.op_type == "LayerNormalization"}
+    assert [list(value.shape) for value in scales] == [[1, 8]]
+
+
+def test_computed_scale_cannot_be_protected() -> None:
+    model = build("s = Add(x, r) o = Mul(g, g) y = LayerNormalization(s, o, b)")
+    refused(SplitSkipNormalization(), model, "computed at run time")
 
 
 NOT_PROTECTED = {
@@ -94,7 +108,7 @@ def test_split_refusals() -> None:
     fused = f"y = {MS}SkipLayerNormalization(x, r, g, b)"
     refused(SplitSkipNormalization(), build(fused), "faster on CUDA", context=PassContext(device="cuda"))
     refused(SplitSkipNormalization(), build(fused, opset=16), "needs opset 17")
-    costs = KernelCosts({"SkipLayerNormalization|128": 1.0, "Sum+LayerNormalization|128": 2.0})
+    costs = KernelCosts({"SkipLayerNormalization|128": 1.0, "Add+LayerNormalization|128": 2.0})
     refused(SplitSkipNormalization(), build(fused), "measured faster", context=PassContext(costs=costs))
 
 
@@ -125,6 +139,7 @@ FUSE_NEAR_MISSES = {
     "broadcast": ("s = Add(x, c) y = LayerNormalization(s, g, b)", "y", "same dims"),
     "three terms": ("s = Sum(x, r, p) y = LayerNormalization(s, g, b)", "y", "more than two"),
     "another axis": ("s = Add(x, r) o = Abs(x) y = LayerNormalization<axis = 1>(s, o)", "y", "last axis"),
+    "scale of two axes": ("s = Add(x, r) o = Exp(r) y = LayerNormalization(s, o)", "y", "no vector"),
     "mean is read": ("s = Add(x, r) y, m = LayerNormalization(s, g, b)", "y, m", "mean or inverse"),
 }
 
@@ -156,11 +171,18 @@ def test_sum_read_by_a_branch() -> None:
     rewrite(FuseSkipNormalization(), after, context=FASTER, nested=False)
 
 
+def test_protected_form_can_be_fused() -> None:
+    model = build("s = Add(x, r) y = LayerNormalization(s, g, b)")
+    split, _ = rewrite(SplitSkipNormalization(), model)
+    fused, _ = rewrite(FuseSkipNormalization(), split, context=FASTER)
+    assert ops(fused) == {"Exp": 1, "Tanh": 1, MS + "SkipLayerNormalization": 1}
+
+
 def test_there_and_back() -> None:
     model = build("s = Add(x, r) y = RMSNormalization(s, g)")
     fused, _ = rewrite(FuseSkipNormalization(), model, context=FASTER)
     back, _ = rewrite(SplitSkipNormalization(), fused)
-    assert ops(back) == {"Exp": 1, "Tanh": 1, "Sum": 1, "RMSNormalization": 1}
+    assert ops(back) == {"Exp": 1, "Tanh": 1, "Add": 1, "RMSNormalization": 1}
 
 
 def test_external_data(tmp_path: Path) -> None:
