@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ..runtime.errors import ModelError, VerifyError
 from ..runtime.inference import open_session, run_session, session_options, weights_outside
 from ..runtime.providers import Device
+from .decoder_steps import cache_names, defined_results
 from .graph import subgraphs
 
 Array = np.ndarray[Any, Any]
@@ -131,9 +132,19 @@ def check_model(model: ir.Model) -> None:
 
 
 def run_reference(model: ir.Model, feeds: Sequence[Mapping[str, Array]], device: Device = "cpu") -> Results:
-    """Runs ``model`` on every sample with ORT's own optimizations and weight repacking off."""
+    """Runs ``model`` on every sample with ORT's own optimizations and weight repacking off.
+
+    Of a decoder's sample with padding, what counts is the results of tokens and those of the step after
+    (``decoder_steps.py``).
+    """
     session = open_session(model, session_options(optimize=False, repack=False), device)
-    return [run_session(session, sample) for sample in feeds]
+    caches = cache_names(model)
+    results = [run_session(session, sample) for sample in feeds]
+    if caches:
+        results = [
+            defined_results(session, sample, found, caches) for sample, found in zip(feeds, results, strict=True)
+        ]
+    return results
 
 
 def relative_error(reference: Array, got: Array) -> float:

@@ -7,6 +7,7 @@ from .cleanup import Cleanup
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_gelu import FuseGelu
+from .fuse_group_query_attention import FuseGroupQueryAttention
 from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
@@ -22,6 +23,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldConstants,
         FuseAttention,
         FuseGelu,
+        FuseGroupQueryAttention,
         FuseLinear,
         FuseNormalization,
         FuseQKV,

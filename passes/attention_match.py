@@ -81,9 +81,11 @@ def match_attention(softmax: ir.Node, shapes: SymbolicShapes) -> AttentionMatch:
         NotAttention: with the reason why it is none that can be fused.
     """
     nodes: list[ir.Node] = [softmax]
-    context, guarded = _below(softmax, nodes)
-    scores = _Scores(shapes, nodes)
+    context, guarded = below(softmax, nodes)
+    scores = Scores(shapes, nodes)
     product = scores.walk_up(softmax.inputs[0])
+    if scores.softcap:
+        raise NotAttention("the scores are capped by tanh, which the kernels of encoders do not do")
     dims = shapes.dims(product.outputs[0])
     if dims is None or len(dims) != 4:
         raise NotAttention(f"the scores have {'unknown rank' if dims is None else f'rank {len(dims)}'}, not 4")
@@ -97,7 +99,7 @@ def match_attention(softmax: ir.Node, shapes: SymbolicShapes) -> AttentionMatch:
     if value.scale != 1.0:
         raise NotAttention("V is scaled")
     merged = (query.batch, number(query.heads), query.length, number(value.head_dim))
-    last, result, length_first = _merge_heads(context, merged, shapes, nodes)
+    last, result, length_first = merge_heads(context, merged, shapes, nodes)
     scale = scores.scale * query.scale * key.scale
     masks, fill = scores.masks, scores.fill
     return AttentionMatch(
@@ -106,12 +108,22 @@ def match_attention(softmax: ir.Node, shapes: SymbolicShapes) -> AttentionMatch:
 
 
 @dataclasses.dataclass
-class _Scores:
-    """Walks from the Softmax up to ``Q K^T``, collecting what is done to the scores."""
+class Scores:
+    """Walks from the Softmax up to ``Q K^T``, collecting what is done to the scores.
+
+    Attributes:
+        shapes: symbolic shapes of the model.
+        nodes: receives the nodes on the way.
+        scale: product of the constant factors, without the cap.
+        softcap: c of ``c tanh(scores / c)``, 0 for none.
+        masks: values added to the scores.
+        fill: ``Where`` that writes a very low number into the scores, or None.
+    """
 
     shapes: SymbolicShapes
     nodes: list[ir.Node]
     scale: float = 1.0
+    softcap: float = 0.0
     masks: list[ir.Value] = dataclasses.field(default_factory=lambda: list[ir.Value]())
     fill: ir.Node | None = None
 
@@ -136,6 +148,9 @@ class _Scores:
                 value = self._factor(node)
             elif is_op(node, "Where"):
                 value = self._fill(node)
+            elif is_op(node, "Tanh") and not self.softcap:
+                self.softcap = self.scale
+                value = node.inputs[0]
             else:
                 raise NotAttention(f"the scores come from {node.op_type}, not from a MatMul" if self.masks else "")
 
@@ -177,7 +192,7 @@ class _Scores:
             raise NotAttention("the scores are scaled after the mask, which scales the mask too")
 
 
-def _below(softmax: ir.Node, nodes: list[ir.Node]) -> tuple[ir.Node, bool]:
+def below(softmax: ir.Node, nodes: list[ir.Node]) -> tuple[ir.Node, bool]:
     """From the Softmax down to the MatMul with V; and whether a NaN guard lies between."""
     probabilities = softmax.outputs[0]
     users = {use.node for use in probabilities.uses()}
@@ -201,7 +216,7 @@ def _below(softmax: ir.Node, nodes: list[ir.Node]) -> tuple[ir.Node, bool]:
 def _leads_to_product(value: ir.Value | None) -> bool:
     """Whether ``value`` comes, through scales and masks, from a MatMul of two computed values."""
     for _ in range(8):
-        node = producer(value, "MatMul", "Mul", "Div", "Add", "Where")
+        node = producer(value, "MatMul", "Mul", "Div", "Add", "Where", "Tanh")
         if node is None:
             return False
         if node.op_type == "MatMul":
@@ -211,7 +226,7 @@ def _leads_to_product(value: ir.Value | None) -> bool:
         if node.op_type == "Where":
             value = node.inputs[1] if scalar(node.inputs[2]) is not None else node.inputs[2]
         else:
-            value = node.inputs[0] if producer(node.inputs[0]) is not None else node.inputs[1]
+            value = node.inputs[0] if producer(node.inputs[0]) is not None else node.inputs[-1]
     return False
 
 
@@ -261,7 +276,7 @@ def _followed(view: View, chain: list[ir.Node], shapes: SymbolicShapes, role: st
     return view
 
 
-def _merge_heads(
+def merge_heads(
     context: ir.Node, dims: Dims, shapes: SymbolicShapes, nodes: list[ir.Node]
 ) -> tuple[ir.Node, Dims, bool]:
     """Follows [batch, heads, length, head_dim] down to where the heads are merged.

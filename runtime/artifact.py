@@ -6,6 +6,7 @@ Metadata keys (strings, JSON where structured):
 * ``onnxlathe.report``: the compile report.
 * ``onnxlathe.ort_config``: ``{"config_entries": {key: value}, "graph_optimization_level": "all"}``, applied by
   ``lathe.Session``.
+* ``onnxlathe.max_length``: of a language model, the longest text it was built for, in tokens.
 * ``ort_config``: ONNX Runtime's own key. Plain onnxruntime applies it when the environment variable
   ``ORT_LOAD_CONFIG_FROM_MODEL`` is 1.
 
@@ -33,6 +34,7 @@ VERSION_KEY = "onnxlathe.version"
 REPORT_KEY = "onnxlathe.report"
 CONFIG_KEY = "onnxlathe.ort_config"
 ORT_KEY = "ort_config"
+MAX_LENGTH_KEY = "onnxlathe.max_length"
 _SINGLE_FILE_LIMIT = 2_000_000_000  # protobuf's limit is 2^31 - 1 bytes, graph included
 _LEVELS = {"disable": 0, "basic": 1, "extended": 2, "all": 99}
 

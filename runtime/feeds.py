@@ -91,7 +91,8 @@ def make_feeds(model: ir.Model, seed: int = 0, count: int = 2, sizes: Mapping[st
 
     Integer inputs stay inside the tables they index, masks are ones (from the second sample on with zeros at the end
     of the last row, as padding has), position ids count up, a dim name has one size everywhere, and a "total" length
-    is past + new.
+    is past + new. For a decoder with a cache, the samples are steps that generation takes: one row that goes on from a
+    cache, then two rows from the start, the last padded on the left; position ids count the tokens of the mask.
 
     Args:
         model: the model to feed.
@@ -104,6 +105,7 @@ def make_feeds(model: ir.Model, seed: int = 0, count: int = 2, sizes: Mapping[st
     """
     rng = np.random.default_rng(seed)
     limits = _index_limits(model)
+    cached = any(_PAST.search(value.name or "") for value in model.graph.inputs)
     samples: list[Feeds] = []
     for number in range(count):
         bound = _bind_dims(model.graph.inputs, number, dict(sizes or {}))
@@ -113,6 +115,8 @@ def make_feeds(model: ir.Model, seed: int = 0, count: int = 2, sizes: Mapping[st
                 continue
             shape = tuple(_size(dim, bound) for dim in value.shape or ())
             sample[value.name or ""] = _make(value, shape, rng, limits.get(value.name or ""), padded=number > 0)
+        if cached:
+            _pad_on_the_left(sample)
         samples.append(sample)
     return samples
 
@@ -137,6 +141,18 @@ def _make(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator, lim
     if dtype.kind in "iu":
         return rng.integers(0, limit if limit is not None else 2, shape).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)
+
+
+def _pad_on_the_left(sample: Feeds) -> None:
+    """Turns the masks of a decoder's sample around and lets its position ids follow them."""
+    for name, mask in sample.items():
+        if "mask" not in name.lower() or mask.ndim != 2:
+            continue
+        sample[name] = mask = np.ascontiguousarray(mask[:, ::-1])
+        for other, positions in sample.items():
+            if "position" in other.lower() and positions.ndim == 2 and positions.shape[0] == mask.shape[0]:
+                counted = np.maximum(mask.astype(np.int64).cumsum(1) - 1, 0)
+                sample[other] = counted[:, -positions.shape[1] :].astype(positions.dtype)
 
 
 def _index_limits(model: ir.Model) -> dict[str, int]:
@@ -176,7 +192,7 @@ def _bind_dims(inputs: Iterable[ir.Value], number: int, bound: dict[str, int]) -
         for axis, dim in enumerate(value.shape or ()):
             name = None if isinstance(dim, int) else dim.value
             if name and _PAST.search(name) and not _TOTAL.search(name):
-                past = chosen[name] = chosen.get(name, bound.get("past_sequence", 0 if number == 0 else 5))
+                past = chosen[name] = chosen.get(name, bound.get("past_sequence", 0 if number % 2 else 5))
             if not name or name in chosen:
                 continue
             if _TOTAL.search(name):

@@ -1,0 +1,66 @@
+"""What a decoder's results mean where a sample has padding, so that two versions of it can be compared.
+
+What is computed at padded positions is arbitrary, and how a cache is laid out is the graph's own affair (some kernels
+want each row's tokens from slot 0 on). What counts is the results of tokens, and that the next step goes on from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from ..runtime.inference import run_session
+
+Array = np.ndarray[Any, Any]
+_TOKENS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
+_PAST, _PRESENT = "past_key_values", "present"
+
+
+def cache_names(model: ir.Model) -> dict[str, str]:
+    """``{past input: present output}`` of a decoder with the usual names; empty for any other model."""
+    inputs = {value.name or "" for value in model.graph.inputs}
+    outputs = {value.name or "" for value in model.graph.outputs}
+    if not {_TOKENS, _MASK} <= inputs:
+        return {}
+    pairs = {name: name.replace(_PAST, _PRESENT, 1) for name in inputs if name.startswith(_PAST)}
+    return pairs if all(name in outputs for name in pairs.values()) else {}
+
+
+def defined_results(
+    session: ort.InferenceSession, sample: Mapping[str, Array], results: Mapping[str, Array], caches: Mapping[str, str]
+) -> dict[str, Array]:
+    """``results`` as they are where ``sample`` has no padding; else what is defined of them, and the step after.
+
+    Args:
+        session: the decoder.
+        sample: its inputs.
+        results: its outputs for them.
+        caches: ``{past input: present output}``.
+    """
+    mask = sample[_MASK].astype(bool)
+    if mask.all():
+        return dict(results)
+    defined = {name: _of_tokens(array, mask) for name, array in results.items() if name not in caches.values()}
+    ones = np.ones((mask.shape[0], 1), sample[_MASK].dtype)
+    following = {
+        **sample,
+        _TOKENS: np.ascontiguousarray(sample[_TOKENS][:, -1:]),
+        _MASK: np.concatenate([sample[_MASK], ones], axis=1),
+        **{past: results[present] for past, present in caches.items()},
+    }
+    if _POSITIONS in sample:
+        following[_POSITIONS] = mask.sum(1, keepdims=True).astype(sample[_POSITIONS].dtype)
+    after = run_session(session, following)
+    return defined | {f"{name} of the next step": after[name] for name in defined}
+
+
+def _of_tokens(array: Array, mask: Array) -> Array:
+    """``array`` with zeros at the padded positions of its first two axes."""
+    if array.ndim < 2 or array.shape[0] != mask.shape[0] or array.shape[1] > mask.shape[1]:
+        return array
+    tokens = mask[:, mask.shape[1] - array.shape[1] :]
+    return np.where(tokens.reshape(*tokens.shape, *[1] * (array.ndim - 2)), array, array.dtype.type(0))

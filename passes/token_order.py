@@ -1,0 +1,155 @@
+"""Puts the tokens of each row before its padding, and the results back, for kernels that know padding only at the end.
+
+GroupQueryAttention counts positions from the start of a row: its tokens are contiguous from slot 0. Callers pad where
+they like (Hugging Face: on the left). So inside the graph new tokens come first, padding last; what padding computes is
+nobody's business and later steps overwrite it in the cache, whose layout is the graph's own affair.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ..compiler.graph import Names, add_initializer, constant, is_op, make_node, producer
+from .probing import MASK, POSITIONS, TOKENS
+
+_AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
+
+
+class TokenOrder:
+    """Nodes at the start of a decoder's graph that all of its attentions share.
+
+    Attributes:
+        lengths: int32 [batch], cached and new positions of each row minus one (``seqlens_k``).
+        total: int32 [], width of the attention mask (``total_sequence_length``).
+        positions: int64 [batch, sequence], the position ids in the new order.
+    """
+
+    def __init__(self, model: ir.Model, names: Names, by: str) -> None:
+        self._graph, self._names, self._by = model.graph, names, by
+        self._nodes: list[ir.Node] = []
+        inputs = {value.name: value for value in model.graph.inputs}
+        self._tokens, mask = inputs[TOKENS], inputs[MASK]
+        readers = [(use.node, use.idx) for use in self._tokens.uses()]
+        given = inputs.get(POSITIONS)
+        position_readers = [(use.node, use.idx) for use in given.uses()] if given is not None else []
+        self._build(mask, given)
+        for node, index in readers:
+            if not is_op(node, "Shape"):
+                node.replace_input_with(index, self._ids)
+        for node, index in position_readers:
+            node.replace_input_with(index, self.positions)
+        first = next(iter(self._graph))
+        self._graph.insert_before(first, self._nodes)
+
+    def _build(self, mask: ir.Value, given: ir.Value | None) -> None:
+        i64, i32 = ir.DataType.INT64, ir.DataType.INT32
+        tokens = self._op("Cast", [mask], "tokens", i64, mask.shape, to=int(i64))
+        total = self._op("Shape", [mask], "total", i64, [1], start=1, end=2)
+        new = self._op("Shape", [self._tokens], "new", i64, [1], start=1, end=2)
+        past = self._op("Sub", [total, new], "past", i64, [1])
+        zero, one = self._constant("zero", [0]), self._constant("one", [1])
+        batch = mask.shape[0] if mask.shape is not None else None
+        sequence = self._tokens.shape[1] if self._tokens.shape is not None else None
+        cached = self._op("Slice", [tokens, zero, past, one], "cached", i64, None)
+        counted = self._op("ReduceSum", [cached, one], "cached_tokens", i64, [batch], keepdims=0)
+        end = self._op("Sub", [new, one], "last_new", i64, [1])
+        lengths = self._op("Add", [counted, end], "lengths", i64, [batch])
+        self.lengths = self._op("Cast", [lengths], "seqlens_k", i32, [batch], to=int(i32))
+        flat = self._op("Squeeze", [total], "total_length", i64, [])
+        self.total = self._op("Cast", [flat], "total_sequence_length", i32, [], to=int(i32))
+        shape = [batch, sequence]
+        mine = self._op("Slice", [tokens, past, total, one], "new_tokens", i64, shape)
+        before = self._op("CumSum", [mine, self._constant("axis", 1)], "tokens_so_far", i64, shape)
+        all_mine = self._op("ReduceSum", [mine, one], "new_count", i64, [batch, 1], keepdims=1)
+        count = self._op("CumSum", [self._op("Sub", [one, mine], "padding", i64, shape), self._constant("axis", 1)],
+                         "padding_so_far", i64, shape)  # fmt: skip
+        first = self._op("Sub", [before, one], "slot_of_token", i64, shape)
+        behind = self._op("Sub", [self._op("Add", [all_mine, count], "after_tokens", i64, shape), one],
+                          "slot_of_padding", i64, shape)  # fmt: skip
+        is_token = self._op("Cast", [mine], "is_token", ir.DataType.BOOL, shape, to=int(ir.DataType.BOOL))
+        slots = self._op("Where", [is_token, first, behind], "slots", i64, shape)
+        self._ids = self._op("ScatterElements", [self._tokens, slots, self._tokens], "ordered_ids", None, shape, axis=1)
+        if given is not None:
+            self.positions = self._op(
+                "ScatterElements", [given, slots, given], "ordered_positions", None, shape, axis=1
+            )
+        else:
+            step = [
+                self._constant("from", 0),
+                self._op("Squeeze", [new], "new_length", i64, []),
+                self._constant("by", 1),
+            ]
+            ahead = self._op("Range", step, "ahead", i64, [sequence])
+            rows = self._op("Unsqueeze", [counted, one], "rows", i64, [batch, 1])
+            self.positions = self._op("Add", [rows, ahead], "positions", i64, shape)
+        self._slots = self._op("Unsqueeze", [slots, self._constant("last", [-1])], "slots_of", i64, [*shape, 1])
+
+    def restore(self, output: ir.Value) -> None:
+        """Puts the rows of what ``output`` is computed from back into the caller's order.
+
+        As far up as the result of a row depends on nothing but that row: before the language model's head, whose input
+        is narrower.
+        """
+        value = _before_head(output)
+        readers = [(use.node, use.idx) for use in value.uses()]
+        name = self._names.fresh(f"{value.name}_given_order")
+        node = make_node(
+            "GatherND", [value, self._slots], name=name, output=name, like=value, attributes={"batch_dims": 1}
+        )
+        node.metadata_props["onnxlathe.pass"] = self._by
+        maker = value.producer()
+        if maker is None:
+            raise ValueError(f"{value.name} is a graph input")
+        self._graph.insert_after(maker, node)
+        if value is output:
+            own = value.name
+            value.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+            node.replace_input_with(0, value)
+            value.name, node.outputs[0].name = name, own
+            return
+        for reader, index in readers:
+            reader.replace_input_with(index, node.outputs[0])
+
+    def _constant(self, base: str, numbers: list[int] | int) -> ir.Value:
+        return add_initializer(self._graph, self._names, f"tokens_{base}", np.array(numbers, np.int64))
+
+    def _op(
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        base: str,
+        dtype: ir.DataType | None,
+        shape: object,
+        **attributes: int,
+    ) -> ir.Value:
+        name = self._names.fresh(f"token_order/{base}")
+        node = make_node(
+            op,
+            inputs,
+            name=name,
+            output=name,
+            shape=shape,  # pyright: ignore[reportArgumentType]
+            dtype=dtype if dtype is not None else inputs[0].dtype,
+            attributes=attributes,
+        )
+        node.metadata_props["onnxlathe.pass"] = self._by
+        self._nodes.append(node)
+        return node.outputs[0]
+
+
+def _before_head(output: ir.Value) -> ir.Value:
+    """The input of the last product that makes ``output``, or ``output``."""
+    value = output
+    for _ in range(8):
+        node = producer(value)
+        if node is None:
+            return output
+        if is_op(node, "MatMul", "Gemm", "MatMulNBits"):
+            source = node.inputs[0]
+            return source if source is not None and len(source.shape or ()) == 3 else output
+        operands = [item for item in node.inputs if item is not None and constant(item, limit=1) is None]
+        if node.op_type not in _AFTER_HEAD or len(operands) != 1:
+            return output
+        value = operands[0]
+    return output
