@@ -20,6 +20,12 @@ _CONTRACT = (
     "and past_key_values.N.key/value, outputs logits and present.N.key/value, as onnxlathe.export_causal_lm writes it."
 )
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+# Which input is [positions, head_dim / 2].
+_TABLES = {
+    ("com.microsoft", "GroupQueryAttention"): 7,
+    ("com.microsoft", "RotaryEmbedding"): 2,
+    ("", "RotaryEmbedding"): 1,
+}
 _ATTENTION_BIAS = 10  # index of this input of GroupQueryAttention
 
 
@@ -110,7 +116,7 @@ def read_causal_lm(model: ir.Model) -> CausalLM:
     last_only = True if positions == 1 else False if positions == sequence is not None else None
     logits_size = size if isinstance(size, int) else None
     sizes = [limit for limit in (limits.get("input_ids"), logits_size) if limit is not None]
-    tables = [_rotary_positions(node) for node in grouped]
+    tables = [limits.get("position_ids"), *(_table_rows(node) for node in model.graph)]
     return CausalLM(
         tokens={name: _dtype(inputs[name]) for name in _TOKEN_INPUTS if name in inputs},
         cache=cache,
@@ -121,7 +127,7 @@ def read_causal_lm(model: ir.Model) -> CausalLM:
         logits_size=logits_size,
         last_only=last_only,
         vocabulary=min(sizes, default=None),
-        positions=min((n for n in [limits.get("position_ids"), *tables] if n is not None), default=None),
+        positions=min((rows for rows in tables if rows is not None), default=None),
         eos=tuple(json.loads(model.metadata_props.get(EOS_KEY, "[]"))),
     )
 
@@ -148,10 +154,11 @@ def _cache_reader(past: ir.Value, present: ir.Value) -> ir.Node | None:
     return node if present.producer() is node and present.index() == index - 2 else None
 
 
-def _rotary_positions(node: ir.Node) -> int | None:
-    """Rows of the table of cosines that a GroupQueryAttention reads by position."""
-    table = node.inputs[7] if len(node.inputs) > 7 else None
-    size = table.shape[0] if table is not None and table.shape is not None else None
+def _table_rows(node: ir.Node) -> int | None:
+    """Rows of the table of cosines that a node reads by position."""
+    index = _TABLES.get((node.domain, node.op_type), len(node.inputs))
+    table = node.inputs[index] if index < len(node.inputs) else None
+    size = table.shape[0] if table is not None and table.shape is not None and len(table.shape) == 2 else None
     return size if isinstance(size, int) else None
 
 
