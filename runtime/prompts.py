@@ -33,7 +33,7 @@ class Row:
     done: bool = False
 
 
-def read_prompts(prompts: TokenIds | Sequence[TokenIds]) -> tuple[list[Array], bool]:
+def read_prompts(prompts: Any) -> tuple[list[Array], bool]:
     """Token ids as int64 arrays [sequence], and whether one prompt alone was given.
 
     Raises:

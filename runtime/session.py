@@ -21,7 +21,7 @@ from .feeds import check_feeds
 from .generate import OnToken, generate
 from .inference import open_session, run_session, session_options
 from .prompts import TokenIds
-from .providers import resolve_device
+from .providers import Device, resolve_device
 from .sampling import Sampling
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +52,7 @@ class Session:
         ort_config: Mapping[str, Any] | None = None,
         profile: bool = False,
     ) -> None:
-        self.device = resolve_device(device)
+        self.device: Device = resolve_device(device)
         model = source if isinstance(source, ir.Model) else load(source)
         self.metadata = dict(model.metadata_props)
         self.inputs: Sequence[ir.Value] = [v for v in model.graph.inputs if not v.is_initializer()]
