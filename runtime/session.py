@@ -149,7 +149,8 @@ class Session:
                 seed a prompt, for different ones. None: different each time.
             eos: token ids that end a row, which keeps them; None: those that the artifact records, () for none.
             on_token: called with ``(row, token)`` as soon as a token is chosen. Its exceptions stop everything.
-            max_length: the cache has this length from the start. None: it doubles when it is full.
+            max_length: the most tokens of a row, prompt included; the cache has its full size from the start. None: no
+                limit but the model's, and the cache doubles when it is full.
             prefill_chunk: tokens of a prompt that run at once.
 
         Returns:

@@ -72,7 +72,7 @@ def tiny() -> Any:
     """Random weights: 2 layers, 2 KV heads of size 16; its likeliest tokens are seldom near-ties."""
     from onnxlathe.models.decoder import decoder
 
-    return decoder("tiny", initializer_range=0.4)
+    return decoder("tiny", initializer_range=0.4, max_position_embeddings=2048)
 
 
 def grouped(module: Any, *, rotary: bool, last_only: bool = False) -> ir.Model:
