@@ -183,11 +183,14 @@ def test_memory_is_flat_over_2000_tokens(kind: str) -> None:
         assert len(model.generate([1, 2, 3], 2001, eos=(), max_length=2048, on_token=look)) == 2001
     finally:
         tracemalloc.stop()
-    tensors = model._causal_lm.cache  # type: ignore[union-attr]
-    cache = sum(tensor.heads * 2048 * tensor.size * 4 for tensor in tensors)  # its pages are touched as it fills
-    cache *= 1 if kind == "grouped" else 2
-    assert resident[2000] - resident[200] < cache + 1_000_000
+    if kind == "grouped":  # the tensors of a plain graph grow with the text
+        tensors = model._causal_lm.cache  # type: ignore[union-attr]
+        cache = sum(tensor.heads * 2048 * tensor.size * 4 for tensor in tensors)  # its pages are touched as it fills
+        assert resident[2000] - resident[200] < cache + 500_000
     assert traced[1] - traced[0] < 250_000, "1,800 token ids, twice, and nothing else"
+    most = max(resident)
+    model.generate([1, 2, 3], 500, eos=(), max_length=2048, on_token=look)
+    assert max(resident) < most + 1_000_000, "what was warm is used again"
 
 
 def test_sampled_text_depends_on_the_seed_alone() -> None:
