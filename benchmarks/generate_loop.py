@@ -40,7 +40,11 @@ def main() -> None:
         spent.clear()
         times: list[float] = []
         session.generate(
-            prompt, TOKENS + 1, eos=(), prefill_chunk=PROMPT, on_token=lambda *_: times.append(time.perf_counter())
+            prompt,
+            TOKENS + 1,
+            eos=(),
+            prefill_chunk=PROMPT,
+            on_token=lambda _, token, times=times: times.append(time.perf_counter()),
         )
         whole.append((times[-1] - times[0]) / TOKENS)
         graph.append(sum(spent[1:]) / TOKENS)
