@@ -6,6 +6,7 @@ times are of the same steps. Medians of the rounds.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -39,13 +40,8 @@ def main() -> None:
     for _ in range(ROUNDS + 1):
         spent.clear()
         times: list[float] = []
-        session.generate(
-            prompt,
-            TOKENS + 1,
-            eos=(),
-            prefill_chunk=PROMPT,
-            on_token=lambda _, token, times=times: times.append(time.perf_counter()),
-        )
+        note = functools.partial(_note, times)
+        session.generate(prompt, TOKENS + 1, eos=(), prefill_chunk=PROMPT, on_token=note)
         whole.append((times[-1] - times[0]) / TOKENS)
         graph.append(sum(spent[1:]) / TOKENS)
     ratios = [a / b for a, b in zip(whole[1:], graph[1:], strict=True)]
@@ -53,6 +49,10 @@ def main() -> None:
     result = {"loop / graph": middle, "noise": (high - low) / 2, "loop - graph, us a token": _gap(whole, graph)}
     print(json.dumps(result, indent=2))
     RESULT.write_text(json.dumps({"model": str(sys.argv[1:]), **result}, indent=2) + "\n")
+
+
+def _note(times: list[float], row: int, token: int) -> None:
+    times.append(time.perf_counter())
 
 
 def _gap(whole: list[float], graph: list[float]) -> float:

@@ -112,7 +112,7 @@ def grouped(module: Any, *, rotary: bool, last_only: bool = False) -> ir.Model:
     )
     model = from_text(text, **weights)
     for value in [*model.graph.inputs, *model.graph.outputs]:  # the parser takes no such names
-        if match := re.fullmatch(r"(past|present)_(\d)_(key|value)", value.name or ""):
+        if match := re.fullmatch(r"(past|present)_(\d+)_(key|value)", value.name or ""):
             kind = "past_key_values" if match[1] == "past" else "present"
             value.name = f"{kind}.{match[2]}.{match[3]}"
     return model
