@@ -8,7 +8,7 @@ Baseline: the first side, by default the graph of onnxruntime-genai's builder in
 Ratios above 1 are faster. Each side is alone in its process; sides take turns; threads are fixed. Before a side is
 timed, its logits (of the last position) or its greedy tokens are compared with PyTorch's, and it is refused above
 1e-3. ``prefill N bB``: N tokens into an empty cache. ``decode N bB``: one token after N. ``text N bB``: N tokens and
-32 greedy ones after them, loops only.
+32 greedy ones after them, by the whole loop; ``step N bB``: the time between two of its tokens.
 """
 
 from __future__ import annotations
@@ -44,20 +44,27 @@ class Case:
     def arrays(self, vocabulary: int, new: int) -> dict[str, Any]:
         """Random tokens, see ``decoder_worker.py``."""
         ids = np.random.default_rng(self.past).integers(3, vocabulary, (self.batch, self.past + 1))
-        more = {"prefill": {}, "decode": {"token": ids[:, -1:]}, "text": {"new": np.array(new)}}[self.mode]
-        return {"prompt": ids[:, :-1], **more}
+        more: dict[str, Any] = {
+            "decode": {"token": ids[:, -1:]},
+            "text": {"new": new},
+            "step": {"new": new, "steps": 1},
+        }
+        return {"prompt": ids[:, :-1], **more.get(self.mode, {})}
 
 
 def cases(quick: bool) -> list[Case]:
     """All columns."""
     pasts, batches = ((48,), (1, 2)) if quick else ((128, 1024), (1, 4))
     steps = [Case(mode, past, batch) for mode in ("prefill", "decode") for batch in batches for past in pasts]
-    return [*steps, *(Case("text", pasts[0], batch) for batch in batches)]
+    loops = [Case(mode, pasts[0], batch) for mode in ("step", "text") for batch in batches]
+    return [*steps, *loops]
 
 
-def references(config: str, samples: dict[str, Path], threads: int) -> dict[str, Any]:
+def references(kind: str, config: str, samples: dict[str, Path], threads: int) -> dict[str, Any]:
     """What PyTorch makes of every case."""
-    worker = Worker(Side("reference", "torch", str(weights(config)), worker="decoder_worker.py"), threads)
+    if not samples:
+        return {}
+    worker = Worker(Side("reference", kind, str(weights(config)), worker="decoder_worker.py"), threads)
     expected: dict[str, Any] = {}
     try:
         for label, path in samples.items():
@@ -80,17 +87,21 @@ def show(title: str, sides: list[Side], results: dict[str, dict[str, Any]], labe
     table.add_column("note")
     for side in sides:
         rows = results[side.name]
-        cells = [f"{rows[at]['ratio']:.2f} ±{rows[at]['spread']:.2f}" if "ratio" in rows.get(at, {}) else "-" for at in labels]
+        cells = [
+            f"{rows[at]['ratio']:.2f} ±{rows[at]['spread']:.2f}" if "ratio" in rows.get(at, {}) else "-"
+            for at in labels
+        ]
         errors = [rows[label]["error"] for label in labels if label in rows]
         table.add_row(side.name, *cells, f"{max(errors):.1e}" if errors else "-", side.failure or side.note)
     Console(width=max(120, 60 + 14 * len(labels))).print(table)
 
 
-def measure(sides: list[Side], samples: dict[str, Path], options: argparse.Namespace, expected: dict[str, Any]) -> Any:
+def measure(sides: list[Side], samples: dict[str, Path], options: argparse.Namespace, reference: str) -> Any:
     """One comparison, the first side that works as its baseline; prints and returns it."""
     sides = sorted(sides, key=lambda side: bool(side.failure))  # keeps the order of those that work
     if not samples or not sides or sides[0].failure:
         return {}
+    expected = references(reference, options.config, samples, options.threads)
     results = compare(
         sides, samples, threads=options.threads, rounds=options.rounds, seconds=options.seconds, reference=expected,
         warm=options.warm, limit=LIMIT,
@@ -110,16 +121,15 @@ def main() -> None:
         for case in chosen:
             samples[case.label] = Path(temporary) / f"{case.label.replace(' ', '-')}.npz"
             np.savez(samples[case.label], **case.arrays(vocabulary, options.new))
+        steps = {label: path for label, path in samples.items() if label.startswith(("prefill", "decode"))}
+        loops = {label: path for label, path in samples.items() if label not in steps}
         try:
             sides = [make_side(name, options.config, options.preset) for name in options.sides]
-            expected = references(options.config, samples, options.threads)
-            steps = {label: path for label, path in samples.items() if not label.startswith("text")}
-            loops = {label: path for label, path in samples.items() if not label.startswith("prefill")}
             content = {
                 "config": options.config,
                 "preset": options.preset,
-                "steps": measure([side for side in sides if side.name not in LOOPS], steps, options, expected),
-                "loops": measure([side for side in sides if side.name in LOOPS], loops, options, expected),
+                "steps": measure([side for side in sides if side.name not in LOOPS], steps, options, "torch"),
+                "loops": measure([side for side in sides if side.name in LOOPS], loops, options, "torch loop"),
             }
         finally:
             clean(options.config)

@@ -70,7 +70,7 @@ def _model(name: str, config: str, preset: str) -> tuple[str, str, str]:
         return "openvino", str(_export(config, 20, "sdpa")), "openvino"
     if name.startswith("onnxlathe"):
         return "lathe loop" if "loop" in name else "lathe", str(_compile(config, preset)), "ours"
-    kinds = {"torch.compile": "torch.compile", "torch eager last-logits": "torch last"}
+    kinds = {"torch.compile": "torch.compile", "torch eager last-logits": "torch last", "torch generate": "torch loop"}
     return kinds.get(name, "torch"), str(weights(config)), "ours"
 
 

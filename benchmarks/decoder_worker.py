@@ -2,18 +2,20 @@
 
     PYTHON benchmarks/decoder_worker.py KIND MODEL THREADS
 
-A case is an ``.npz``: ``prompt`` int64 [batch, past] and, to decode, ``token`` int64 [batch, 1]; ``new`` is set where
-whole texts are generated. A run is one prefill of an empty cache, one decoding step at about ``past`` tokens, or a
-text; it returns the logits of the last position [batch, vocabulary], or the new tokens [batch, new]. Every side fills its
-cache itself, from the prompt. Sides that copy the cache really do: present is the next step's past, and after
+A case is an ``.npz``: ``prompt`` int64 [batch, past] and, to decode, ``token`` int64 [batch, 1]. A run is one prefill of
+an empty cache, or one decoding step at about ``past`` tokens; it returns the logits of the last position
+[batch, vocabulary]. Every side fills its cache itself, from the prompt. For loops the case has ``new``: a run is a text
+and returns its tokens [batch, new]; with ``steps`` the time between two tokens is taken. Sides that copy the cache really do: present is the next step's past, and after
 ``DRIFT`` steps they begin at ``past`` again.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,8 @@ class Ort:
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._cache = {name: name.replace("past_key_values", "present") for name in self._inputs if "past" in name}
         self._in_place = all(makers[present] == "GroupQueryAttention" for present in self._cache.values())
+        described = Path(model).parent / "genai_config.json"  # genai's builder leaves the size of a head open
+        self._head = json.loads(described.read_text())["model"]["decoder"]["head_size"] if described.exists() else 0
         self._feeds: Feeds = {}
 
     def __call__(self, feeds: Feeds) -> Any:
@@ -59,10 +63,10 @@ class Ort:
 
     def _prepare(self, feeds: Feeds) -> None:
         batch, past = feeds["prompt"].shape
-        length = _room(past) if self._in_place else 0
+        length = room(past) if self._in_place else 0
         # In place the buffer is the past from the start: what lies in it behind the tokens is never read.
         self._empty = {
-            name: self._value(np.zeros((batch, info.shape[1], length, info.shape[3]), np.float32), "cpu", 0)
+            name: self._value(np.zeros((batch, info.shape[1], length, self._size(info)), np.float32), "cpu", 0)
             for name, info in self._inputs.items()
             if name in self._cache
         }
@@ -70,6 +74,9 @@ class Ort:
         if "token" in feeds:
             self._step(self._empty, feeds["prompt"], 0)
             self._start = self._present
+
+    def _size(self, info: Any) -> int:
+        return info.shape[3] if isinstance(info.shape[3], int) else self._head
 
     def _step(self, past: dict[str, Any], ids: Any, length: int) -> Any:
         batch, new = ids.shape
@@ -96,9 +103,28 @@ class Ort:
         return logits.numpy()[:, -1]  # a view
 
 
-class GenaiLoop:
-    """onnxruntime-genai's own loop on a folder of its builder. The logits come with the run that computed them, and a
-    step also chooses the token."""
+class Loop:
+    """A whole generation loop: a run is a text, greedy; with ``steps`` in the case, the time between two tokens counts."""
+
+    def __call__(self, feeds: Feeds) -> Any:
+        return self.text(feeds["prompt"], int(feeds["new"]))[0]
+
+    def timed(self, feeds: Feeds, count: int) -> list[float]:
+        """Seconds of each text, or of ``count`` steps."""
+        if "steps" not in feeds:
+            return timed(self, feeds, count)
+        times: list[float] = []
+        while len(times) < count:
+            times += np.diff(self.text(feeds["prompt"], min(DRIFT, count - len(times)) + 1)[1]).tolist()
+        return times
+
+    def text(self, prompt: Any, new: int) -> tuple[Any, list[float]]:
+        """New tokens [batch, new], and when each of them was there."""
+        raise NotImplementedError
+
+
+class GenaiLoop(Loop):
+    """onnxruntime-genai's own loop on a folder of its builder."""
 
     def __init__(self, model: str, threads: int) -> None:
         import onnxruntime_genai
@@ -108,56 +134,24 @@ class GenaiLoop:
         session = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": session}}))
         self._model = onnxruntime_genai.Model(config)
-        self._feeds: Feeds = {}
 
-    def __call__(self, feeds: Feeds) -> Any:
-        if "new" in feeds:
-            generator, past = self._generator(feeds), feeds["prompt"].shape[1]
-            for _ in range(int(feeds["new"])):
-                generator.generate_next_token()
-            rows = range(len(feeds["prompt"]))
-            return np.stack([np.asarray(generator.get_sequence(row))[past:] for row in rows])
-        if "token" not in feeds:
-            return self._logits(self._generator(feeds))
-        if feeds is not self._feeds:
-            self._decoding, self._feeds = self._generator(feeds), feeds
-        elif self._decoding.token_count() >= feeds["prompt"].shape[1] + DRIFT:
-            self._decoding = self._generator(feeds)
-        # A step computes the logits of the last token and chooses the next one.
-        self._decoding.append_tokens(np.ascontiguousarray(feeds["token"], np.int32))
-        return self._logits(self._decoding)
-
-    def timed(self, feeds: Feeds, count: int) -> list[float]:
-        """A decoding step is one ``generate_next_token`` that runs the model."""
-        if "token" not in feeds:
-            return timed(self, feeds, count)
-        times: list[float] = []
-        while len(times) < count:
-            generator = self._generator(feeds)
-            generator.generate_next_token()  # chooses from the prompt's logits
-            for _ in range(min(DRIFT, count - len(times))):
-                start = time.perf_counter()
-                generator.generate_next_token()
-                times.append(time.perf_counter() - start)
-        return times
-
-    def _generator(self, feeds: Feeds) -> Any:
-        prompt = feeds["prompt"]
+    def text(self, prompt: Any, new: int) -> tuple[Any, list[float]]:
+        """A fresh generator each time, as a request to a server has; its cache is as long as everybody's."""
         parameters = self._og.GeneratorParams(self._model)
-        # min_length: no end of text before the last token, whatever the random weights say.
-        length = _room(prompt.shape[1])
-        parameters.set_search_options(
-            max_length=length, min_length=length, batch_size=len(prompt), do_sample=False
-        )
+        length = room(prompt.shape[1])
+        # min_length: the text does not end early, whatever the random weights say.
+        parameters.set_search_options(max_length=length, min_length=length, batch_size=len(prompt), do_sample=False)
         generator = self._og.Generator(self._model, parameters)
         generator.append_tokens(np.ascontiguousarray(prompt, np.int32))
-        return generator
+        times: list[float] = []
+        for _ in range(new):
+            generator.generate_next_token()
+            times.append(time.perf_counter())
+        rows = [np.asarray(generator.get_sequence(row))[prompt.shape[1] :] for row in range(len(prompt))]
+        return np.stack(rows), times
 
-    def _logits(self, generator: Any) -> Any:
-        return np.asarray(generator.get_logits())[:, -1]
 
-
-class LatheLoop:
+class LatheLoop(Loop):
     """``onnxlathe.Session.generate``."""
 
     def __init__(self, model: str, threads: int) -> None:
@@ -167,29 +161,48 @@ class LatheLoop:
         if not hasattr(self._session, "generate"):
             raise NotImplementedError("this onnxlathe has no Session.generate yet")
 
-    def __call__(self, feeds: Feeds) -> Any:
-        return self._generate(feeds, int(feeds["new"]) if "new" in feeds else 1)[0]
-
-    def timed(self, feeds: Feeds, count: int) -> list[float]:
-        """A decoding step lies between two tokens of the first row."""
-        if "token" not in feeds:
-            return timed(self, feeds, count)
+    def text(self, prompt: Any, new: int) -> tuple[Any, list[float]]:
+        """Timed by the callback of the last row."""
         times: list[float] = []
-        while len(times) < count:
-            times += np.diff(self._generate(feeds, min(DRIFT, count - len(times)) + 1)[1]).tolist()
-        return times
-
-    def _generate(self, feeds: Feeds, new: int) -> tuple[Any, list[float]]:
-        chosen: list[float] = []
 
         def on_token(row: int, token: int) -> None:
-            if row == 0:
-                chosen.append(time.perf_counter())
+            if row == len(prompt) - 1:
+                times.append(time.perf_counter())
 
-        prompt = feeds["prompt"]
-        room = _room(prompt.shape[1])
-        rows = self._session.generate(list(prompt), new, eos=(), on_token=on_token, max_length=room)
-        return np.stack(rows), chosen
+        rows = self._session.generate(list(prompt), new, eos=(), on_token=on_token, max_length=room(prompt.shape[1]))
+        return np.stack(rows), times
+
+
+class TorchLoop(Loop):
+    """``generate`` of transformers."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._module = AutoModelForCausalLM.from_pretrained(model).eval()
+
+    def text(self, prompt: Any, new: int) -> tuple[Any, list[float]]:
+        """Timed by a streamer."""
+
+        class Streamer:
+            times: list[float] = []
+
+            def put(self, value: Any) -> None:
+                self.times.append(time.perf_counter())
+
+            def end(self) -> None:
+                pass
+
+        ids, streamer = self._torch.from_numpy(prompt), Streamer()
+        streamer.times = []
+        done = self._module.generate(
+            ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            pad_token_id=0, streamer=streamer,
+        )  # fmt: skip
+        return done[:, ids.shape[1] :].numpy(), streamer.times[1:]  # the first call brings the prompt
 
 
 class Torch:
@@ -204,13 +217,13 @@ class Torch:
         self._torch, self._compiled, self._last = torch, compiled, last
         self._module = AutoModelForCausalLM.from_pretrained(model).eval()
         self._run = torch.compile(self._module) if compiled else self._module
+        forward = inspect.signature(self._module.forward).parameters
+        self._argument = "past_key_values" if "past_key_values" in forward else "cache"
         self._feeds: Feeds = {}
 
     def __call__(self, feeds: Feeds) -> Any:
         ids = self._torch.from_numpy(feeds["prompt"])
         with self._torch.inference_mode():
-            if "new" in feeds:
-                return self._text(ids, int(feeds["new"]))
             if "token" not in feeds:
                 return self._step(ids, self._cache(ids), 0)
             if feeds is not self._feeds:
@@ -222,19 +235,12 @@ class Torch:
             self._length += 1
             return self._step(self._torch.from_numpy(feeds["token"]), self._past, self._length - 1)
 
-    def _text(self, ids: Any, new: int) -> Any:
-        done = self._module.generate(
-            ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            pad_token_id=0,
-        )  # fmt: skip
-        return done[:, ids.shape[1] :].numpy()
-
     def _cache(self, ids: Any) -> Any:
         from transformers import DynamicCache, StaticCache
 
         if not self._compiled:
             return DynamicCache(config=self._module.config)
-        return StaticCache(config=self._module.config, max_cache_len=_room(ids.shape[1]))
+        return StaticCache(config=self._module.config, max_cache_len=room(ids.shape[1]))
 
     def _rewind(self, length: int) -> None:
         if not self._compiled:
@@ -245,12 +251,9 @@ class Torch:
         self._length = length
 
     def _step(self, ids: Any, cache: Any, length: int) -> Any:
-        import inspect
-
-        argument = "past_key_values" if "past_key_values" in inspect.signature(self._module.forward).parameters else "cache"
         positions = self._torch.arange(length, length + ids.shape[1])[None]
         kept = {"logits_to_keep": 1} if self._last else {}
-        result = self._run(input_ids=ids, position_ids=positions, use_cache=True, **{argument: cache}, **kept)
+        result = self._run(input_ids=ids, position_ids=positions, use_cache=True, **{self._argument: cache}, **kept)
         return result.logits[:, -1].numpy()
 
 
@@ -261,7 +264,7 @@ def openvino(model: str, threads: int) -> Any:
     return OpenVino(model, threads)
 
 
-def _room(tokens: int) -> int:
+def room(tokens: int) -> int:
     """Length of a buffer for the prompt and what is generated after it, the same for every side that has one."""
     return tokens + 128
 
@@ -274,6 +277,7 @@ KINDS: dict[str, Any] = {
     "openvino": openvino,
     "torch": Torch,
     "torch last": lambda model, threads: Torch(model, threads, last=True),
+    "torch loop": TorchLoop,
     "torch.compile": lambda model, threads: Torch(model, threads, compiled=True),
 }
 

@@ -113,7 +113,9 @@ def compare(
         for label, path in samples.items():
             plan = _Plan(rounds, seconds, warm, limit)
             times = _turns(workers, sides, label, path, plan, reference.get(label), results)
-            baseline = times.get(sides[0].name, [])
+            if sides[0].name not in times:
+                raise RuntimeError(f"The baseline {sides[0].name} failed: {sides[0].failure}.")
+            baseline = times[sides[0].name]
             for name, values in times.items():
                 ratios = [a / b for a, b in zip(baseline, values, strict=True)]
                 low, middle, high = statistics.quantiles(ratios, n=4)
