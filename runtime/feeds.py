@@ -103,7 +103,7 @@ def make_feeds(model: ir.Model, seed: int = 0, count: int = 2, sizes: Mapping[st
         ModelError: an input type this function cannot make (strings, sequences).
     """
     rng = np.random.default_rng(seed)
-    limits = _index_limits(model)
+    limits = index_limits(model)
     samples: list[Feeds] = []
     for number in range(count):
         bound = _bind_dims(model.graph.inputs, number, dict(sizes or {}))
@@ -139,7 +139,7 @@ def _make(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator, lim
     return rng.standard_normal(shape).astype(dtype)
 
 
-def _index_limits(model: ir.Model) -> dict[str, int]:
+def index_limits(model: ir.Model) -> dict[str, int]:
     """For each integer input that indexes a table (Gather, through casts and reshapes): the table's smallest size."""
     limits: dict[str, int] = {}
     for source in model.graph.inputs:
