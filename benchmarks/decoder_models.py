@@ -1,6 +1,6 @@
 """Makes what the sides of the decoder benchmark run: one set of seeded weights, exported, built and compiled.
 
-Kept in ``ROOT`` between runs (about 540 MB a side for the 135M model); only onnxlathe's artifact is made anew each time.
+Kept in ``ROOT`` between runs (about 540 MB a side for the 135M model); only onnxlathe's artifact is made anew.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     PYTHON benchmarks/decoder_worker.py KIND MODEL THREADS
 
-A case is an ``.npz``: ``prompt`` int64 [batch, past] and, to decode, ``token`` int64 [batch, 1]. A run is one prefill of
-an empty cache, or one decoding step at about ``past`` tokens; it returns the logits of the last position
-[batch, vocabulary]. Every side fills its cache itself, from the prompt. For loops the case has ``new``: a run is a text
-and returns its tokens [batch, new]; with ``steps`` the time between two tokens is taken. Sides that copy the cache really do: present is the next step's past, and after
-``DRIFT`` steps they begin at ``past`` again.
+A case is an ``.npz``: ``prompt`` int64 [batch, past] and, to decode, ``token`` int64 [batch, 1]. A run is one prefill
+of an empty cache, or one decoding step at about ``past`` tokens; it returns the logits of the last position
+[batch, vocabulary]. Every side fills its cache itself, from the prompt. Sides that copy the cache really do: present is
+the next step's past, and after ``DRIFT`` steps they begin at ``past`` again. For loops the case has ``new``: a run is a
+text and returns its tokens [batch, new]; with ``steps`` the time between two tokens is taken.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Ort:
 
 
 class Loop:
-    """A whole generation loop: a run is a text, greedy; with ``steps`` in the case, the time between two tokens counts."""
+    """A generation loop: a run is a greedy text; with ``steps`` in the case the time between two tokens counts."""
 
     def __call__(self, feeds: Feeds) -> Any:
         return self.text(feeds["prompt"], int(feeds["new"]))[0]
@@ -187,22 +187,21 @@ class TorchLoop(Loop):
     def text(self, prompt: Any, new: int) -> tuple[Any, list[float]]:
         """Timed by a streamer."""
 
-        class Streamer:
-            times: list[float] = []
+        times: list[float] = []
 
+        class Streamer:
             def put(self, value: Any) -> None:
-                self.times.append(time.perf_counter())
+                times.append(time.perf_counter())
 
             def end(self) -> None:
                 pass
 
-        ids, streamer = self._torch.from_numpy(prompt), Streamer()
-        streamer.times = []
+        ids = self._torch.from_numpy(prompt)
         done = self._module.generate(
             ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            pad_token_id=0, streamer=streamer,
+            pad_token_id=0, streamer=Streamer(),
         )  # fmt: skip
-        return done[:, ids.shape[1] :].numpy(), streamer.times[1:]  # the first call brings the prompt
+        return done[:, ids.shape[1] :].numpy(), times[1:]  # the first call brings the prompt
 
 
 class Torch:

@@ -3,8 +3,9 @@
     PYTHON benchmarks/worker.py KIND MODEL THREADS
 
 Requests are JSON: ``{"load": path of an .npz}`` -> ``{"ok": true}``; ``{"run": count}`` -> ``{"seconds": [...]}``;
-``{"outputs": path}`` writes the first output. A side with a method ``timed(feeds, count)`` times itself. KIND: ``ort`` (plain, default options), ``lathe`` (onnxlathe.Session),
-``openvino``, ``torch``, ``torch.compile``. Runs in the side's own environment and imports only what the kind needs.
+``{"outputs": path}`` writes the first output. A side with a method ``timed(feeds, count)`` times itself. KIND: ``ort``
+(plain, default options), ``lathe`` (onnxlathe.Session), ``openvino``, ``torch``, ``torch.compile``. Runs in the side's
+own environment and imports only what the kind needs.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def save_genai(
     metadata: Mapping[str, str] | None = None,
     ort_config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a folder that ``onnxruntime_genai.Model(folder)`` loads; an older one there is replaced when it is complete.
+    """Writes a folder that ``onnxruntime_genai.Model(folder)`` loads; an older one is replaced when it is complete.
 
     What the graph says comes from the graph: names, layers, heads, sizes, vocabulary, positions, and whether past and
     present may be one buffer (``past_present_share_buffer``: every present is made by a GroupQueryAttention).
@@ -199,7 +199,7 @@ def _session_options(ort_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_huggingface(folder: Path) -> dict[str, Any]:
-    """``config.json``, and what ``generation_config.json`` says of special tokens, which is what chat models end with."""
+    """``config.json`` with the special tokens of ``generation_config.json``, which are those that chat models end with."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"There is no config.json in {folder}.", "Give the folder that save_pretrained wrote.")
     try:
