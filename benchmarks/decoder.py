@@ -4,8 +4,8 @@
     python benchmarks/decoder.py --sides "genai graph,onnxlathe" --cases "decode 128 b1"
     python benchmarks/decoder.py --quick                                     # the tiny decoder, under a minute
 
-Baseline: the first side, by default the graph of onnxruntime-genai's builder in plain onnxruntime; for loops, genai's own.
-Ratios above 1 are faster. Each side is alone in its process; sides take turns; threads are fixed. Before a side is
+Baseline: the first side, by default the graph of onnxruntime-genai's builder in plain onnxruntime; for loops, genai's
+own. Ratios above 1 are faster. Each side is alone in its process; sides take turns; threads are fixed. Before a side is
 timed, its logits (of the last position) or its greedy tokens are compared with PyTorch's, and it is refused above
 1e-3. ``prefill N bB``: N tokens into an empty cache. ``decode N bB``: one token after N. ``text N bB``: N tokens and
 32 greedy ones after them, by the whole loop; ``step N bB``: the time between two of its tokens.

@@ -199,7 +199,7 @@ def _session_options(ort_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_huggingface(folder: Path) -> dict[str, Any]:
-    """``config.json`` with the special tokens of ``generation_config.json``, which are those that chat models end with."""
+    """``config.json`` with the special tokens of ``generation_config.json``, which chat models end with."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"There is no config.json in {folder}.", "Give the folder that save_pretrained wrote.")
     try:
