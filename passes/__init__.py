@@ -13,6 +13,8 @@ from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
+from .keep_last_logits import KeepLastLogits
+from .pack_qkv import PackQKV
 from .simplify_shapes import SimplifyShapes
 from .split_skip_normalization import SplitSkipNormalization
 from .upgrade_opset import UpgradeOpset
@@ -30,6 +32,8 @@ PASSES: dict[str, type[Pass]] = {
         FuseNormalization,
         FuseQKV,
         FuseSkipNormalization,
+        KeepLastLogits,
+        PackQKV,
         SimplifyShapes,
         SplitSkipNormalization,
         UpgradeOpset,

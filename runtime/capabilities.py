@@ -28,7 +28,7 @@ from .inference import session_options
 from .providers import Device, providers_for
 
 WIDTH = 384
-ROWS = (16, 128, 1024)
+ROWS = (1, 16, 128, 1024)
 _HEADS = 12
 
 # Equivalent forms stand together. x, r: [rows, WIDTH]; g, b: [WIDTH]; w: [WIDTH, WIDTH].
