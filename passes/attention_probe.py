@@ -194,13 +194,14 @@ class _Reader:
     def _rotations(self, indices: list[Array]) -> tuple[list[Rotation], int, int]:
         """What happens to each result between its source and the attention; the first position probed; how many."""
         sequence = 3
-        for start in _PROBED_AT:
+        starts = [min(start, self._max_length - sequence) for start in _PROBED_AT]
+        for start in starts:
             step, rng = plain_step(2, sequence, start), np.random.default_rng(0)
             rows = {s: rng.standard_normal((2, sequence, self._width(s))) for s in dict.fromkeys(self._sources)}
             try:
                 found = self._evaluate(lambda s, r=rows, t=step: self._features(s, r[s], t), step, self._results)
             except ModelError:  # a table of positions that ends before
-                if start == _PROBED_AT[-1]:
+                if start == starts[-1]:
                     raise
                 continue
             rotations: list[Rotation] = []

@@ -26,8 +26,7 @@ from ..compiler.graph import (
     require_domain,
     subgraphs,
 )
-from ..runtime.capabilities import ROWS
-from .matching import as_vector
+from .matching import as_vector, deciding_rows
 
 _KINDS = {
     "LayerNormalization": ("SkipLayerNormalization", "Add+LayerNormalization"),
@@ -64,8 +63,7 @@ class FuseSkipNormalization(Pass):
         if not candidates:
             return outcome
         names, order = Names(model), _order(model)
-        cached = any(is_op(node, "GroupQueryAttention", domain=MICROSOFT) for node in all_nodes(model))
-        rows = ROWS[:1] if cached else ROWS[1:]
+        rows = deciding_rows(model)
         for node in candidates:
             total = _sum_of(node)
             kind, plain = _KINDS[node.op_type]

@@ -6,9 +6,16 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from ..compiler.graph import Names, add_initializer, constant, only_consumer, rank
+from ..compiler.graph import MICROSOFT, Names, add_initializer, all_nodes, constant, is_op, only_consumer, rank
+from ..runtime.capabilities import ROWS
 
 MORE_AXES = "a constant of higher rank gives the result more axes than the input has"
+
+
+def deciding_rows(model: ir.Model) -> tuple[int, ...]:
+    """The numbers of rows that decide between forms of a normalization: one for decoders, which run token by token."""
+    decodes = any(is_op(node, "GroupQueryAttention", domain=MICROSOFT) for node in all_nodes(model))
+    return ROWS[:1] if decodes else ROWS[1:]
 
 
 def next_node(value: ir.Value) -> ir.Node | None:

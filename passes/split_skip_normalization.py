@@ -25,7 +25,7 @@ from ..compiler.graph import (
     remove_dead,
     replace,
 )
-from .matching import next_node
+from .matching import deciding_rows, next_node
 
 _KINDS = {
     "SkipLayerNormalization": ("LayerNormalization", 17, 4),
@@ -78,7 +78,8 @@ class SplitSkipNormalization(Pass):
         """Rule 1."""
         kind, needed, bias_index = _KINDS[node.op_type]
         rule = f"{node.op_type} -> Add + {kind}"
-        if context.costs.faster(node.op_type, f"Add+{kind}") is True:
+        rows = deciding_rows(model)
+        if context.costs.faster(node.op_type, f"Add+{kind}", rows[len(rows) // 2]) is True:
             outcome.refuse(node, rule, "the fused kernel is measured faster here")
             return
         if opset(model) < needed:

@@ -23,11 +23,18 @@ pytest.importorskip("transformers")
 
 torch.set_num_threads(1)  # tiny models
 
+
+def compiled(*passes: str) -> Callable[[Any], ir.Model]:
+    return lambda module: lathe.compile(exported(), passes, threads=1, speed_gate=False, progress=False).model
+
+
 # What the graph of a decoder may be made by. Add compile presets here: all of them must give torch's text.
 BUILDERS: dict[str, Callable[[Any], ir.Model]] = {
     "exported": lathe.export_causal_lm,
     "grouped": functools.partial(grouped, rotary=False),
     "grouped, last logits only": functools.partial(grouped, rotary=False, last_only=True),
+    "cpu-fp32": compiled("cpu-fp32"),
+    "cpu-fp32, last logits only": compiled("cpu-fp32", "keep-last-logits"),
 }
 
 
@@ -217,9 +224,9 @@ def test_ends_as_the_artifact_says() -> None:
 
 def test_kinds_of_graphs_are_told_apart() -> None:
     kinds = {name: session(name)._causal_lm for name in BUILDERS}
-    assert [kind.in_place for kind in kinds.values()] == [False, True, True]  # type: ignore[union-attr]
-    assert [kind.last_only for kind in kinds.values()] == [False, False, True]  # type: ignore[union-attr]
-    assert [kind.positions for kind in kinds.values()] == [None, 512, 512]  # type: ignore[union-attr]
+    assert [kind.in_place for kind in kinds.values()] == [False, True, True, True, True]  # type: ignore[union-attr]
+    assert [kind.last_only for kind in kinds.values()] == [False, False, True, False, True]  # type: ignore[union-attr]
+    assert [kind.positions for kind in kinds.values()] == [None, 512, 512, 512, 512]  # type: ignore[union-attr]
     model = grouped(stories(), rotary=False)
     past = next(value for value in model.graph.inputs if value.name == "past_key_values.3.value")
     extra = ir.node("Shape", [past])
