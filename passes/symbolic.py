@@ -271,7 +271,7 @@ def reshaped(source: Dims | None, target: Dims | None, allowzero: bool) -> Dims 
 
 def _unsqueeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
     dims = shapes.dims(node.inputs[0])
-    axes = _axes(node)
+    axes = squeezed_axes(node)
     if dims is None or axes is None:
         return None
     rank = len(dims) + len(axes)
@@ -282,14 +282,15 @@ def _unsqueeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
 
 def _squeeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
     dims = shapes.dims(node.inputs[0])
-    axes = _axes(node)
+    axes = squeezed_axes(node)
     if dims is None or axes is None:
         return None
     gone = {axis % len(dims) for axis in axes}
     return tuple(dim for axis, dim in enumerate(dims) if axis not in gone)
 
 
-def _axes(node: ir.Node) -> list[int] | None:
+def squeezed_axes(node: ir.Node) -> list[int] | None:
+    """The constant axes of Unsqueeze or Squeeze, whatever the opset; None where they are not known."""
     if len(node.inputs) > 1:
         return integers(node.inputs[1])
     axes = attribute(node, "axes")
