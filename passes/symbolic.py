@@ -319,9 +319,22 @@ def _range(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
     return limit if start == (number(0),) and step == (ONE,) and limit is not None else None
 
 
+def _attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
+    if node.domain:  # com.microsoft.Attention has other inputs
+        return None
+    query, value = shapes.dims(node.inputs[0]), shapes.dims(node.inputs[2])
+    if query is None or value is None:
+        return None
+    if len(query) == 4:
+        return (*query[:3], value[3])
+    size = divide(value[2], number(attribute(node, "kv_num_heads", 1)))
+    return None if size is None else (*query[:2], multiply([number(attribute(node, "q_num_heads", 1)), size]))
+
+
 _RULES: dict[str, Callable[[SymbolicShapes, ir.Node], Dims | None]] = {
     **dict.fromkeys(_SAME.split(), _same),
     **dict.fromkeys(_BROADCAST.split(), _broadcast),
+    "Attention": _attention,
     "MatMul": _matmul,
     "Gemm": _matmul,
     "Transpose": _transpose,
