@@ -73,14 +73,14 @@ def split_heads(
     Raises:
         NotAttention: it cannot be proved to be such a split.
     """
-    levels = _levels_above(value, shapes)
-    dims = [shapes.dims(level.value) for level in levels]
-    whole = [level for level, found in zip(levels, dims, strict=True) if found is not None and len(found) == 3]
-    apart = [level for level, found in zip(levels, dims, strict=True) if found is not None and len(found) == 4]
-    reason = f"{role} does not come from a [batch, length, hidden] tensor by Reshape and Transpose"
+    if value is None:
+        raise NotAttention("")
+    levels = [(level, shapes.dims(level.value)) for level in _levels_above(value, shapes)]
+    ranks = [0 if dims is None else len(dims) for _, dims in levels]
     # What is only moved must be a split of the hidden axis; a tensor that is computed by head is taken as it is.
-    repeats = any(is_op(node, "Expand") for node in levels[0].chain) if levels else False
-    candidates = whole + apart if repeats or not whole else whole
+    by_head = len(ranks) if _repeats(levels[0][0]) or 3 not in ranks else ranks.index(3)
+    candidates = [level for (level, _), rank in zip(levels, ranks, strict=True) if rank == 3]
+    candidates += [level for (level, _), rank in zip(levels[:by_head], ranks, strict=False) if rank == 4]
     failed: NotAttention | None = None
     for level in candidates:
         try:
@@ -89,13 +89,18 @@ def split_heads(
                 return operand
         except NotAttention as error:
             failed = failed or error
-    raise failed or NotAttention(reason)
+    raise failed or NotAttention(f"{role} does not come from a [batch, length, hidden] tensor by Reshape and Transpose")
 
 
-def _levels_above(value: ir.Value | None, shapes: SymbolicShapes) -> list[_Level]:
+def _repeats(level: _Level) -> bool:
+    return any(is_op(node, "Expand") for node in level.chain)
+
+
+def _levels_above(value: ir.Value, shapes: SymbolicShapes) -> list[_Level]:
     """The values that ``value`` is made of by moving and scaling only, the highest first."""
     levels: list[_Level] = []
-    chain, scale, base = list[ir.Node](), 1.0, value
+    chain, scale = list[ir.Node](), 1.0
+    base: ir.Value | None = value
     while base is not None:
         levels.insert(0, _Level(base, list(chain), scale))
         node = producer(base, *_MOVES, "Mul", "Div")
