@@ -94,7 +94,7 @@ def match_attention(anchor: ir.Node, shapes: SymbolicShapes, *, grouped: bool = 
 
 
 def _operator(node: ir.Node, shapes: SymbolicShapes) -> tuple[list[ir.Value | None], list[ir.Value], float]:
-    """Q, K and V, the mask and the scale of an ONNX Attention with operands of rank 4, as torch's exporter writes it."""
+    """Q, K and V, the mask and the scale of an ONNX Attention with operands of rank 4, as torch exports it."""
     dims = shapes.dims(node.inputs[0])
     if dims is None or len(dims) != 4:
         raise NotAttention("" if dims is not None else "the rank of Q is not known")

@@ -203,9 +203,7 @@ class _Builder:
         result = match.last.outputs[0]
         output = self._names.fresh(f"{result.name}_attention")
         attributes |= _scale(match)
-        return make_node(
-            op, inputs, name=base, output=output, dtype=result.dtype, attributes=attributes, domain=domain
-        )
+        return make_node(op, inputs, name=base, output=output, dtype=result.dtype, attributes=attributes, domain=domain)
 
     def _regroup(self, match: AttentionMatch) -> tuple[int, ...] | None:
         """The constant shape of a result that is not [batch, length, hidden]; None for one that is."""

@@ -132,9 +132,7 @@ def _operand(level: _Level, shapes: SymbolicShapes, role: str, transposed: bool)
     count, size = multiply([dim for dim, _ in heads]), multiply([dim for dim, _ in features])
     if count[1] or size[1] or repeats[1]:
         raise NotAttention(f"the number of heads of {role} is not a constant")
-    return Operand(
-        level.value, order, dims[order[0]], dims[order[1]], count[0], size[0], repeats[0], scale=level.scale
-    )
+    return Operand(level.value, order, dims[order[0]], dims[order[1]], count[0], size[0], repeats[0], scale=level.scale)
 
 
 def _order(parts: View, dims: Dims, role: str) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ def test_operator_becomes_the_contrib_one_where_that_is_faster(mask: str, guarde
 
 
 def test_causal_self_attention_becomes_unidirectional() -> None:
-    model = build((SPLIT + operator("<is_causal=1>") + MERGE))
+    model = build(SPLIT + operator("<is_causal=1>") + MERGE)
     for value in model.graph.inputs[1:3]:
         value.shape = ir.Shape(["b", "s", HIDDEN])
     after, outcome = rewrite(FuseAttention("MultiHeadAttention"), model, feeds=feeds(model, (5, 5)))
