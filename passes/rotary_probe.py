@@ -14,7 +14,7 @@ from .cached_attention import activations, source_of
 from .head_layout import NotAttention, Operand
 from .probing import MASK, POSITIONS, evaluate
 from .rotary import Rotation, fit_rotation
-from .symbolic import Dim, SymbolicShapes, number
+from .symbolic import ONE, Dim, SymbolicShapes, number
 
 _BATCH, _LENGTH = 2, 7
 _CLOSE = 1e-5
@@ -153,7 +153,9 @@ class RotaryProbe:
         if cos is None or sin is None or cos.by_row != sin.by_row:
             raise NotAttention("its cosines and sines are no tensors of the graph")
         axis = self._heads_axis(source, item)
-        dims = self._shapes.dims(source) or ()
+        dims = self._shapes.dims(source)
+        if dims is None:
+            raise NotAttention(f"the shape of {source.name} is not known")
         width = dims[-1][0] * (dims[axis][0] if axis else 1)
         return Site(item, source, axis, int(flat[0]), flat.size == width, rotation, cos, sin)
 
@@ -223,12 +225,13 @@ class RotaryProbe:
         groups: dict[tuple[Dim, Dim], list[Operand]] = {}
         for item in operands:
             source = sources[item.value]
-            dims = self._shapes.dims(source) or ()
+            dims = self._shapes.dims(source)
             try:
-                sizes = (dims[0], dims[2 if self._heads_axis(source, item) == 1 else 1])
+                length = 2 if self._heads_axis(source, item) == 1 else 1
             except NotAttention as refusal:
                 refuse(item.value, str(refusal))
                 continue
+            sizes = (dims[0], dims[length]) if dims is not None else (ONE, ONE)
             if all(len(dim[1]) <= 1 and (dim[0] == 1 or not dim[1]) for dim in sizes):
                 groups.setdefault(sizes, []).append(item)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -223,7 +225,7 @@ def test_norms_before_the_transpose_need_no_transpose() -> None:
     assert "Transpose" not in ops(after)
 
 
-NEAR_MISSES = {
+NEAR_MISSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "computed by head": (SPLIT + NORMS + operator(operands="qn, kn, vt") + MERGE, "more Transposes", {}),
     "heads not merged": (SPLIT + operator(), "not merged", {"outputs": f"float[b, {HEADS}, s, {HEAD}] c"}),
     "past of its own": (

@@ -32,9 +32,10 @@ INTEGERS = {
     "pairs": [0, 0, 0, HEAD // 2, 2],
     "unpaired": [0, 0, 0, HEAD],
 }
-CONSTANTS: dict[str, np.ndarray] = {name: np.array(numbers) for name, numbers in INTEGERS.items()}
-CONSTANTS |= {name: np.array(number) for name, number in (("s0", 0), ("s1", 1))}
-CONSTANTS |= {
+CONSTANTS: dict[str, np.ndarray] = {
+    **{name: np.array(numbers) for name, numbers in INTEGERS.items()},
+    "s0": np.array(0),
+    "s1": np.array(1),
     "frequencies": (10.0 ** -np.arange(HEAD // 2)).astype(np.float32),
     "few": (10.0 ** -np.arange(2)).astype(np.float32),
     "gain": RNG.standard_normal(HEAD).astype(np.float32),
