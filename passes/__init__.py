@@ -12,6 +12,7 @@ from .fuse_group_query_attention import FuseGroupQueryAttention
 from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
+from .fuse_rotary import FuseRotary
 from .fuse_skip_normalization import FuseSkipNormalization
 from .keep_last_logits import KeepLastLogits
 from .pack_qkv import PackQKV
@@ -31,6 +32,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseLinear,
         FuseNormalization,
         FuseQKV,
+        FuseRotary,
         FuseSkipNormalization,
         KeepLastLogits,
         PackQKV,

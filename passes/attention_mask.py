@@ -15,6 +15,7 @@ from .symbolic import SymbolicShapes
 # ORT's CPU Attention-23 kernel takes exactly the lowest float for "masked" and gives 0 for rows that are masked
 # everywhere, where softmax gives the mean of V. A hair above it, both agree: a score added to it is lost in rounding.
 _HAIR = 0.9
+_VIEWS = ("Expand", "Gather", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Transpose", "Slice")
 
 
 class MaskBuilder:
@@ -67,6 +68,9 @@ class MaskBuilder:
             branches = [number, 0.0] if first else [0.0, number]
             return self._where(condition, branches, dtype, graph, new, lifted)
         value = match.masks[0]
+        if value.dtype == ir.DataType.BOOL:  # of an ONNX Attention
+            dtype = match.last.outputs[0].dtype or ir.DataType.FLOAT
+            return self._where(value, [0.0, -math.inf], dtype, graph, new, lifted)
         for other in match.masks[1:]:
             value = self._append("Add", [value, other], "mask_sum", value.dtype, new)
         if not lifted:
@@ -139,7 +143,8 @@ def is_finite(match: AttentionMatch) -> bool:
     """Whether no row of the mask can be minus infinity everywhere, so that no probability is NaN."""
     if match.fill is not None:
         return all(number is None or math.isfinite(number) for number in map(scalar, match.fill.inputs[1:]))
-    return len(match.masks) <= 1 and all(_finite_value(mask) for mask in match.masks)
+    dtype = match.last.outputs[0].dtype or ir.DataType.FLOAT
+    return math.fsum(map(_bound, match.masks)) <= -_lowest(dtype)
 
 
 def is_written_infinity(match: AttentionMatch) -> bool:
@@ -151,13 +156,16 @@ def is_written_infinity(match: AttentionMatch) -> bool:
     return numbers == {0.0, -math.inf} if match.fill is None else numbers == {-math.inf}
 
 
-def _finite_value(value: ir.Value | None) -> bool:
+def _bound(value: ir.Value | None) -> float:
+    """A number that no element of ``value`` exceeds in size; infinity where none is known."""
     node = producer(value)
     if node is None:
         array = constant(value, limit=1 << 20)
-        return array is not None and bool(np.isfinite(array).all())
+        return float(np.abs(array).max(initial=0.0)) if array is not None and array.dtype.kind == "f" else math.inf
     if is_op(node, "Where"):
-        return _finite_value(node.inputs[1]) and _finite_value(node.inputs[2])
-    if is_op(node, "Expand", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Transpose", "Slice"):
-        return _finite_value(node.inputs[0])
-    return False
+        return max(_bound(node.inputs[1]), _bound(node.inputs[2]))
+    if is_op(node, "Add"):
+        return _bound(node.inputs[0]) + _bound(node.inputs[1])
+    if is_op(node, *_VIEWS):
+        return _bound(node.inputs[0])
+    return math.inf

@@ -1,4 +1,4 @@
-"""Finds scaled dot-product attention by meaning, anchored at a Softmax; used by ``FuseAttention``."""
+"""Finds scaled dot-product attention by meaning, anchored at a Softmax or ONNX Attention; used by ``FuseAttention``."""
 
 from __future__ import annotations
 
@@ -8,39 +8,12 @@ import onnx_ir as ir
 
 from ..compiler.graph import attribute, is_op, only_consumer, producer, scalar
 from .factors import constant_factor
-from .symbolic import ONE, Dim, Dims, SymbolicShapes, multiply, number
-from .views import View, follow_view, origins, whole_view
+from .head_layout import NotAttention, Operand, merge_heads, split_heads
+from .symbolic import ONE, Dims, SymbolicShapes, number
 
 # A fill below this leaves no weight beside any unmasked score, so adding it is the same as writing it.
 _MASKED = -1e9
 _MASKED_HALF = -6e4  # float16 ends at -65504
-
-
-class NotAttention(Exception):
-    """Ends a match; the message is the reason, empty where the Softmax has nothing to do with attention."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """Q, K or V before its split into heads.
-
-    Attributes:
-        value: [batch, length, heads * head_dim], or [length, batch, heads * head_dim] where ``length_first``.
-        length_first: the layout of ``torch.nn.MultiheadAttention``.
-        batch: dim of the batch.
-        length: dim of the length.
-        heads: number of heads.
-        head_dim: size of one head.
-        scale: product of the constant factors between ``value`` and the block.
-    """
-
-    value: ir.Value
-    length_first: bool
-    batch: Dim
-    length: Dim
-    heads: int
-    head_dim: int
-    scale: float
 
 
 @dataclasses.dataclass
@@ -48,19 +21,20 @@ class AttentionMatch:
     """One attention block ``softmax(scale * Q K^T + masks) V``.
 
     Attributes:
-        softmax: the anchor.
+        anchor: the Softmax, or the ONNX Attention.
         query: Q; likewise ``key`` and ``value``.
         scale: product of all constant factors on Q, K and the scores.
-        masks: values added to the scores, broadcasting to [batch, heads, query length, key length].
+        masks: values added to the scores, broadcasting to [batch, heads, query length, key length]; the mask of an ONNX
+            Attention may be bool.
         fill: ``Where`` that writes a very low number into the scores, or None.
-        guarded: whether NaN probabilities are replaced by 0 (torch's SDPA export).
+        guarded: whether NaN probabilities are replaced by 0 (torch's SDPA export, ONNX Attention).
         last: the node whose output is the result with merged heads.
         result: dims of that output.
         result_length_first: whether it has the length before the batch.
         nodes: the nodes of the block, without ``last``.
     """
 
-    softmax: ir.Node
+    anchor: ir.Node
     query: Operand
     key: Operand
     value: Operand
@@ -73,38 +47,76 @@ class AttentionMatch:
     result_length_first: bool
     nodes: list[ir.Node]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share a head of K and V."""
+        return self.query.heads != self.key.heads
 
-def match_attention(softmax: ir.Node, shapes: SymbolicShapes) -> AttentionMatch:
-    """The attention block around ``softmax``.
+
+def match_attention(anchor: ir.Node, shapes: SymbolicShapes, *, grouped: bool = True) -> AttentionMatch:
+    """The attention block around ``anchor``, a Softmax or an ONNX Attention with operands of rank 4.
+
+    Args:
+        anchor: the node.
+        shapes: symbolic shapes of the model.
+        grouped: whether repeats of the heads of K and V are looked through.
 
     Raises:
         NotAttention: with the reason why it is none that can be fused.
     """
-    nodes: list[ir.Node] = [softmax]
-    context, guarded = below(softmax, nodes)
-    scores = Scores(shapes, nodes)
-    product = scores.walk_up(softmax.inputs[0])
-    if scores.softcap:
-        raise NotAttention("the scores are capped by tanh, which the kernels of encoders do not do")
-    dims = shapes.dims(product.outputs[0])
-    if dims is None or len(dims) != 4:
-        raise NotAttention(f"the scores have {'unknown rank' if dims is None else f'rank {len(dims)}'}, not 4")
-    if attribute(softmax, "axis", -1) not in (-1, 3):
-        raise NotAttention(f"softmax runs over axis {attribute(softmax, 'axis', 1)}, not the last")
-    query = _split_heads(product.inputs[0], shapes, "Q", transposed=False)
-    key = _split_heads(product.inputs[1], shapes, "K", transposed=True)
-    value = _split_heads(context.inputs[1], shapes, "V", transposed=False)
-    if not query.heads == key.heads == value.heads:
+    nodes: list[ir.Node] = [anchor]
+    if is_op(anchor, "Attention"):
+        context, guarded, fill = anchor, True, None  # rows that are masked everywhere give 0
+        sources, masks, scale = _operator(anchor, shapes)
+    else:
+        context, guarded = below(anchor, nodes)
+        scores = Scores(shapes, nodes)
+        product = scores.walk_up(anchor.inputs[0])
+        _check_scores(anchor, product, scores)
+        sources = [*product.inputs[:2], context.inputs[1]]
+        masks, fill, scale = scores.masks, scores.fill, scores.scale
+    transposed = context is not anchor
+    query = split_heads(sources[0], shapes, "Q", repeated=False)
+    key = split_heads(sources[1], shapes, "K", transposed=transposed, repeated=grouped)
+    value = split_heads(sources[2], shapes, "V", repeated=grouped)
+    if key.heads != value.heads or query.heads % key.heads:
         raise NotAttention(f"Q, K and V have {query.heads}, {key.heads} and {value.heads} heads")
+    if query.batch != ONE and ONE in (key.batch, value.batch):
+        raise NotAttention("all rows of the batch share one K or V")
     if value.scale != 1.0:
         raise NotAttention("V is scaled")
     merged = (query.batch, number(query.heads), query.length, number(value.head_dim))
     last, result, length_first = merge_heads(context, merged, shapes, nodes)
-    scale = scores.scale * query.scale * key.scale
-    masks, fill = scores.masks, scores.fill
+    scale *= query.scale * key.scale
     return AttentionMatch(
-        softmax, query, key, value, scale, masks, fill, guarded, last, result, length_first, nodes[:-1]
+        anchor, query, key, value, scale, masks, fill, guarded, last, result, length_first, nodes[:-1]
     )
+
+
+def _operator(node: ir.Node, shapes: SymbolicShapes) -> tuple[list[ir.Value | None], list[ir.Value], float]:
+    """Q, K and V, the mask and the scale of an ONNX Attention with operands of rank 4, as torch exports it."""
+    dims = shapes.dims(node.inputs[0])
+    if dims is None or len(dims) != 4:
+        raise NotAttention("" if dims is not None else "the rank of Q is not known")
+    if any(item is not None for item in node.inputs[4:]):
+        raise NotAttention("it has a key/value cache of its own")
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        raise NotAttention("its further outputs are used")
+    if dims[3][1]:
+        raise NotAttention("the size of its heads is not a constant")
+    scale = attribute(node, "scale")
+    masks = [item for item in node.inputs[3:4] if item is not None]
+    return [*node.inputs[:3]], masks, dims[3][0] ** -0.5 if scale is None else float(scale)
+
+
+def _check_scores(softmax: ir.Node, product: ir.Node, scores: Scores) -> None:
+    if scores.softcap:
+        raise NotAttention("the scores are capped by tanh, which the kernels of encoders do not do")
+    dims = scores.shapes.dims(product.outputs[0])
+    if dims is None or len(dims) != 4:
+        raise NotAttention(f"the scores have {'unknown rank' if dims is None else f'rank {len(dims)}'}, not 4")
+    if attribute(softmax, "axis", -1) not in (-1, 3):
+        raise NotAttention(f"softmax runs over axis {attribute(softmax, 'axis', 1)}, not the last")
 
 
 @dataclasses.dataclass
@@ -228,76 +240,3 @@ def _leads_to_product(value: ir.Value | None) -> bool:
         else:
             value = node.inputs[0] if producer(node.inputs[0]) is not None else node.inputs[-1]
     return False
-
-
-def _split_heads(value: ir.Value | None, shapes: SymbolicShapes, role: str, *, transposed: bool) -> Operand:
-    """The tensor behind ``value`` that was split into heads, and how."""
-    scale, chain = 1.0, list[ir.Node]()
-    base = value
-    while (node := producer(base, "Reshape", "Transpose", "Mul", "Div")) is not None:
-        if node.op_type in ("Mul", "Div"):
-            factor, other = constant_factor(node, shapes)
-            if factor is None or only_consumer(node.outputs[0]) is None:
-                break
-            scale, base = scale * factor, other
-        else:
-            chain.insert(0, node)
-            base = node.inputs[0]
-    ranks = [shapes.dims(node.inputs[0]) for node in chain]
-    start = next((index for index, dims in enumerate(ranks) if dims is not None and len(dims) == 3), None)
-    dims = ranks[start] if start is not None else None
-    if start is None or dims is None:
-        raise NotAttention(f"{role} does not come from a [batch, length, hidden] tensor by Reshape and Transpose")
-    above_scale = start == 0 and shapes.dims(base) == dims
-    source = base if above_scale else chain[start].inputs[0]
-    view = _followed(whole_view(dims), chain[start:], shapes, role)
-    found = origins(view)
-    first, second = ([(axis,)] if dims[axis] != ONE else [] for axis in (0, 1))
-    head_axis, length_axis, dim_axis = (1, 3, 2) if transposed else (1, 2, 3)
-    if len(view) != 4 or source is None or [found[0], found[length_axis]] not in ([first, second], [second, first]):
-        raise NotAttention(f"{role} is not split into [batch, heads, length, head_dim]")
-    split = (found[head_axis], found[dim_axis])
-    if split not in (([(2, 0)], [(2, 1)]), ([], [(2,)]), ([(2,)], [])):
-        raise NotAttention(f"the hidden axis of {role} is not split into heads and head_dim")
-    heads, head_dim = (view[axis][0][0] if view[axis] else ONE for axis in (head_axis, dim_axis))
-    if heads[1] or head_dim[1]:
-        raise NotAttention(f"the number of heads of {role} is not a constant")
-    length_first = [found[0], found[length_axis]] != [first, second]
-    batch, length = (dims[1], dims[0]) if length_first else (dims[0], dims[1])
-    return Operand(source, length_first, batch, length, heads[0], head_dim[0], scale)
-
-
-def _followed(view: View, chain: list[ir.Node], shapes: SymbolicShapes, role: str) -> View:
-    for node in chain:
-        followed = follow_view(view, node, shapes)
-        if followed is None:
-            raise NotAttention(f"cannot prove what {node.op_type} {node.name} does to {role}")
-        view = followed
-    return view
-
-
-def merge_heads(
-    context: ir.Node, dims: Dims, shapes: SymbolicShapes, nodes: list[ir.Node]
-) -> tuple[ir.Node, Dims, bool]:
-    """Follows [batch, heads, length, head_dim] down to where the heads are merged.
-
-    Returns the node that does it, the dims of its output ([batch, length, hidden], or the same with batch and length
-    joined or swapped), and whether the length comes before the batch there.
-    """
-    view = whole_view(dims)
-    batch, heads, length, head_dim = origins(view)
-    node = context
-    while True:
-        following = only_consumer(node.outputs[0])
-        if following is None or not is_op(following, "Reshape", "Transpose"):
-            raise NotAttention("the heads of the result are not merged into [batch, length, hidden]")
-        view, node = _followed(view, [following], shapes, "the result"), following
-        nodes.append(node)
-        found = origins(view)
-        if found[-1] != heads + head_dim:
-            continue
-        order = [origin for axis in found for origin in axis]
-        for first, second in ((batch, length), (length, batch)):
-            if order == [*first, *second, *heads, *head_dim]:
-                result = tuple(multiply([dim for dim, _ in axis]) for axis in view)
-                return node, result, (first, second) != (batch, length)

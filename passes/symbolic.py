@@ -271,7 +271,7 @@ def reshaped(source: Dims | None, target: Dims | None, allowzero: bool) -> Dims 
 
 def _unsqueeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
     dims = shapes.dims(node.inputs[0])
-    axes = _axes(node)
+    axes = squeezed_axes(node)
     if dims is None or axes is None:
         return None
     rank = len(dims) + len(axes)
@@ -282,14 +282,15 @@ def _unsqueeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
 
 def _squeeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
     dims = shapes.dims(node.inputs[0])
-    axes = _axes(node)
+    axes = squeezed_axes(node)
     if dims is None or axes is None:
         return None
     gone = {axis % len(dims) for axis in axes}
     return tuple(dim for axis, dim in enumerate(dims) if axis not in gone)
 
 
-def _axes(node: ir.Node) -> list[int] | None:
+def squeezed_axes(node: ir.Node) -> list[int] | None:
+    """The constant axes of Unsqueeze or Squeeze, whatever the opset; None where they are not known."""
     if len(node.inputs) > 1:
         return integers(node.inputs[1])
     axes = attribute(node, "axes")
@@ -318,9 +319,22 @@ def _range(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
     return limit if start == (number(0),) and step == (ONE,) and limit is not None else None
 
 
+def _attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
+    if node.domain:  # com.microsoft.Attention has other inputs
+        return None
+    query, value = shapes.dims(node.inputs[0]), shapes.dims(node.inputs[2])
+    if query is None or value is None:
+        return None
+    if len(query) == 4:
+        return (*query[:3], value[3])
+    size = divide(value[2], number(attribute(node, "kv_num_heads", 1)))
+    return None if size is None else (*query[:2], multiply([number(attribute(node, "q_num_heads", 1)), size]))
+
+
 _RULES: dict[str, Callable[[SymbolicShapes, ir.Node], Dims | None]] = {
     **dict.fromkeys(_SAME.split(), _same),
     **dict.fromkeys(_BROADCAST.split(), _broadcast),
+    "Attention": _attention,
     "MatMul": _matmul,
     "Gemm": _matmul,
     "Transpose": _transpose,
