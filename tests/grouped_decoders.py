@@ -135,7 +135,6 @@ def decoder(spec: Spec) -> ir.Model:
     text.add(f"last = RMSNormalization<axis=-1>(h_{layers}, g) logits = MatMul(last, head)")
     body = "\n".join(text.lines)
     for old, new in spec.replaced:
-        assert old in body, f"{old!r} is not in the text"
         body = body.replace(old, new)
     constants = {**w, **text.constants, **spec.extra}
     used = {name: array for name, array in constants.items() if re.search(rf"\b{name}\b", body)}
@@ -149,7 +148,11 @@ def decoder(spec: Spec) -> ir.Model:
     outputs = [f"float[batch, sequence, {VOCABULARY}] logits"] + [spec.outputs] * bool(spec.outputs)
     outputs += [f"{cache.format('total')} present_{name}" for name in caches]
     header = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>'
-    model = from_text(f"{header} decoder ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{body}\n}}", **used)
+    whole = f"{header} decoder ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{body}\n}}"
+    for old, new in spec.replaced:
+        assert old in whole or new in whole, f"{old!r} is not in the text"
+        whole = whole.replace(old, new) if old in whole and new not in whole else whole
+    model = from_text(whole, **used)
     for value in [*model.graph.inputs, *model.graph.outputs]:  # the parser takes no such names
         if match := re.fullmatch(r"(past|present)_(\d+)_(key|value)", value.name or ""):
             value.name = f"{'past_key_values' if match[1] == 'past' else 'present'}.{match[2]}.{match[3]}"
