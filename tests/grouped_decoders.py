@@ -125,7 +125,9 @@ def decoder(spec: Spec) -> ir.Model:
     text.add(f"seen = Cast<to=9>(attention_mask) padding = Unsqueeze(seen, {text.ints(1, 2)})")
     text.add("h_0 = Gather(embed, input_ids)")
     if spec.learned:
-        text.lines[-1] = "  tokens = Gather(embed, input_ids) place = Gather(places, position_ids) h_0 = Add(tokens, place)"
+        text.lines[-1] = (
+            "  tokens = Gather(embed, input_ids) place = Gather(places, position_ids) h_0 = Add(tokens, place)"
+        )
     for i, window in enumerate(spec.windows):
         if window:
             text.add(f"near{i} = Less(away, {text.number(window)}) here{i} = And(causal, near{i})")
@@ -180,7 +182,9 @@ def _layer(text: _Text, spec: Spec, i: int, one: str, two: str, zero: str) -> No
     if spec.scale in ("q", "both"):
         text.add(f"qf{i} = Mul({q}, {text.number(factor if spec.scale == 'q' else factor**0.5)})")
         q = f"qf{i}"
-    text.add(f"present_{i}_key = Concat<axis=2>(past_{i}_key, {k}) present_{i}_value = Concat<axis=2>(past_{i}_value, vt{i})")
+    text.add(
+        f"present_{i}_key = Concat<axis=2>(past_{i}_key, {k}) present_{i}_value = Concat<axis=2>(past_{i}_value, vt{i})"
+    )
     k, v = _repeated(text, spec, i, two)
     if spec.scale in ("k", "both"):
         text.add(f"kf{i} = Mul({k}, {text.number(factor if spec.scale == 'k' else factor**0.5)})")
@@ -237,7 +241,9 @@ def _rotate(text: _Text, rotary: Rotary, name: str, i: int, size: int) -> str:
     axis, zero, end, half = text.ints(3), text.ints(0), text.ints(width), text.ints(width // 2)
     if rotary.interleaved:
         step = text.ints(2)
-        text.add(f"{p}a = Slice({source}, {zero}, {end}, {axis}, {step}) {p}b = Slice({source}, {text.ints(1)}, {end}, {axis}, {step})")
+        text.add(
+            f"{p}a = Slice({source}, {zero}, {end}, {axis}, {step}) {p}b = Slice({source}, {text.ints(1)}, {end}, {axis}, {step})"
+        )
     else:
         text.add(f"{p}a = Slice({source}, {zero}, {half}, {axis}) {p}b = Slice({source}, {half}, {end}, {axis})")
     text.add(f"{p}ac = Mul({p}a, cos{i}) {p}bs = Mul({p}b, sin{i}) {p}y = Sub({p}ac, {p}bs)")
@@ -357,7 +363,9 @@ def reference(spec: Spec, ids: Array) -> Array:
 def _turned(x: Array, turn: Array, rotary: Rotary) -> Array:
     pairs = x[..., : rotary.width]
     half = rotary.width // 2
-    first, second = (pairs[..., ::2], pairs[..., 1::2]) if rotary.interleaved else (pairs[..., :half], pairs[..., half:])
+    first, second = (
+        (pairs[..., ::2], pairs[..., 1::2]) if rotary.interleaved else (pairs[..., :half], pairs[..., half:])
+    )
     turned = (first + 1j * second) * turn
     parts = [turned.real, turned.imag]
     done = np.stack(parts, -1).reshape(pairs.shape) if rotary.interleaved else np.concatenate(parts, -1)

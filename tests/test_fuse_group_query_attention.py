@@ -129,16 +129,27 @@ NEAR_MISSES: dict[str, tuple[Spec, str]] = {
         "bias",
     ),
     "not causal": (replaced(("causal = LessOrEqual(keys, own2)", "causal = GreaterOrEqual(keys, keys)")), "not causal"),
-    "sees one later token": (replaced(("LessOrEqual(keys, own2)", "Less(keys, own3)"),
-        ("own2 = Unsqueeze(own, i1)", "own2 = Unsqueeze(own, i1) own3 = Add(own2, s2)"),
-        extra={"s2": np.array(2)}), "not causal"),
+    "sees one later token": (
+        replaced(
+            ("LessOrEqual(keys, own2)", "Less(keys, own3)"),
+            ("own2 = Unsqueeze(own, i1)", "own2 = Unsqueeze(own, i1) own3 = Add(own2, s2)"),
+            extra={"s2": np.array(2)},
+        ),
+        "not causal",
+    ),
     "padding is seen": (replaced(("keep0 = And(padding, causal)", "keep0 = And(causal, causal)")), "no effect"),
     "cache read elsewhere": (
         replaced((ANOTHER, "mean = ReduceMean<keepdims=0>(present_0_key) " + ANOTHER), outputs="float mean"),
         "also read by ReduceMean",
     ),
-    "V scaled": (replaced(("(past_0_value, vt0)", "(past_0_value, vx)"),
-        ("present_0_key = Concat", "vx = Mul(vt0, two) present_0_key = Concat"), extra={"two": np.float32(2)}), "V is"),
+    "V scaled": (
+        replaced(
+            ("(past_0_value, vt0)", "(past_0_value, vx)"),
+            ("present_0_key = Concat", "vx = Mul(vt0, two) present_0_key = Concat"),
+            extra={"two": np.float32(2)},
+        ),
+        "V is",
+    ),
     "K turned the other way": (
         replaced(
             ("k0bs = Mul(k0b, sin0)", "back = Neg(sin0) k0bs = Mul(k0b, back)"),
@@ -147,12 +158,17 @@ NEAR_MISSES: dict[str, tuple[Spec, str]] = {
         "different angles",
     ),
     "dynamic NTK by total": (
-        replaced(("angle0 = Mul(column0,", NTK.format("total") + "angle0 = Mul(slow,"), extra={"limit": np.float32(50)}),
+        replaced(
+            ("angle0 = Mul(column0,", NTK.format("total") + "angle0 = Mul(slow,"), extra={"limit": np.float32(50)}
+        ),
         "length of the input",
     ),
     "dynamic NTK by position": (
         replaced(
-            ("angle0 = Mul(column0,", "most_of = ReduceMax<keepdims=0>(position_ids) " + NTK.format("most_of") + "angle0 = Mul(slow,"),
+            (
+                "angle0 = Mul(column0,",
+                "most_of = ReduceMax<keepdims=0>(position_ids) " + NTK.format("most_of") + "angle0 = Mul(slow,",
+            ),
             extra={"limit": np.float32(50)},
         ),
         "length of the input",
@@ -160,7 +176,8 @@ NEAR_MISSES: dict[str, tuple[Spec, str]] = {
     "dynamic NTK by slot": (
         replaced(
             ("angle0 = Mul(column0,", NTK.format("total") + "angle0 = Mul(slow,"),
-            extra={"limit": np.float32(50)}, rotary=(RANGE, RANGE),
+            extra={"limit": np.float32(50)},
+            rotary=(RANGE, RANGE),
         ),
         "length of the input",
     ),
@@ -172,7 +189,12 @@ NEAR_MISSES: dict[str, tuple[Spec, str]] = {
             ("vs0 = Reshape(vp0, i0_0_2_16)", "vs0 = Reshape(vp0, wide)"),
             ("vall0 = Reshape(vwide0, i0_4_m1_16)", "vall0 = Reshape(vwide0, widest)"),
             ("a0 = Reshape(ct0, i0_0_64)", "a0 = Reshape(ct0, merged)"),
-            extra={**WIDE_V, "wide": np.array([0, 0, 2, 32]), "widest": np.array([0, 4, -1, 32]), "merged": np.array([0, 0, 128])},
+            extra={
+                **WIDE_V,
+                "wide": np.array([0, 0, 2, 32]),
+                "widest": np.array([0, 4, -1, 32]),
+                "merged": np.array([0, 0, 128]),
+            },
         ),
         "values 32",
     ),
@@ -185,35 +207,60 @@ NEAR_MISSES: dict[str, tuple[Spec, str]] = {
     "logits of the last slot": (
         replaced(
             ("logits = MatMul(last, head)", "end = Gather<axis=1>(last, slot) logits = MatMul(end, head)"),
-            ("float[batch, sequence, 40] logits", "float[batch, 1, 40] logits"), extra={"slot": np.array([-1])},
+            ("float[batch, sequence, 40] logits", "float[batch, 1, 40] logits"),
+            extra={"slot": np.array([-1])},
         ),
         "logits of one slot",
     ),
     "positions learned by slot": (
-        replaced(("place = Gather(places, position_ids)", "place = Gather(places, own)"), learned=True, rotary=(None, None)),
+        replaced(
+            ("place = Gather(places, position_ids)", "place = Gather(places, own)"), learned=True, rotary=(None, None)
+        ),
         "slots or padding",
     ),
     "positions learned by the mask": (
         replaced(
-            ("place = Gather(places, position_ids)",
-             "sums = CumSum(attention_mask, one) mine = Slice(sums, before, t1, i1) place = Gather(places, mine)"),
+            (
+                "place = Gather(places, position_ids)",
+                "sums = CumSum(attention_mask, one) mine = Slice(sums, before, t1, i1) place = Gather(places, mine)",
+            ),
             ("new = Squeeze(n1)", "before = Sub(t1, n1) new = Squeeze(n1)"),
-            learned=True, rotary=(None, None), extra={"one": np.array(1)},
+            learned=True,
+            rotary=(None, None),
+            extra={"one": np.array(1)},
         ),
         "slots or padding",
     ),
     "tokens mixed": (
-        replaced(("x0 = RMSNormalization<axis=-1>(h_0, g)", "sum = CumSum(h_0, one) x0 = RMSNormalization<axis=-1>(sum, g)"),
-            extra={"one": np.array(1)}),
+        replaced(
+            ("x0 = RMSNormalization<axis=-1>(h_0, g)", "sum = CumSum(h_0, one) x0 = RMSNormalization<axis=-1>(sum, g)"),
+            extra={"one": np.array(1)},
+        ),
         "slots or padding",
     ),
     "another input by token": (
-        replaced(("h_0 = Gather(embed, input_ids)", "t = Gather(embed, input_ids) s = Gather(places, token_type_ids) h_0 = Add(t, s)"),
-            inputs="int64[batch, sequence] token_type_ids"),
+        replaced(
+            (
+                "h_0 = Gather(embed, input_ids)",
+                "t = Gather(embed, input_ids) s = Gather(places, token_type_ids) h_0 = Add(t, s)",
+            ),
+            inputs="int64[batch, sequence] token_type_ids",
+        ),
         "token_type_ids",
     ),
-    "only one layer is strange": (Spec(rotary=(Rotary(16), Rotary(16)), windows=(0, 0), replaced=(
-        ("masked1 = Add(scaled1, bias1)", "twice1 = Add(scaled1, bias1) sig1 = Sigmoid(twice1) masked1 = Add(sig1, bias1)"),)), ""),
+    "only one layer is strange": (
+        Spec(
+            rotary=(Rotary(16), Rotary(16)),
+            windows=(0, 0),
+            replaced=(
+                (
+                    "masked1 = Add(scaled1, bias1)",
+                    "twice1 = Add(scaled1, bias1) sig1 = Sigmoid(twice1) masked1 = Add(sig1, bias1)",
+                ),
+            ),
+        ),
+        "",
+    ),
 }
 
 
@@ -333,7 +380,9 @@ def test_numpy_reference(spec: Spec) -> None:
             got = results["logits"][row][-min(ids.shape[1], length + turn) :]
             got = got[-(length if turn == 0 else 1) :]
             assert relative_error(expected[-len(got) :].astype(np.float32), got) < 1e-5
-        feeds |= {name.replace("present", "past_key_values"): array for name, array in results.items() if "present" in name}
+        feeds |= {
+            name.replace("present", "past_key_values"): array for name, array in results.items() if "present" in name
+        }
         ids = texts[np.arange(2), lengths + turn][:, None]
         mask = np.concatenate([mask, np.ones((2, 1), np.int64)], 1)
 
@@ -367,7 +416,9 @@ def test_in_place(spec: Spec) -> None:
         feeds = {**feeds, "input_ids": ids, "attention_mask": mask}
         if spec.has_positions:
             feeds["position_ids"] = mask.cumsum(1)[:, -1:] - 1
-        feeds |= {name.replace("present", "past_key_values"): array for name, array in expected.items() if "present" in name}
+        feeds |= {
+            name.replace("present", "past_key_values"): array for name, array in expected.items() if "present" in name
+        }
 
 
 def _config(name: str, **options: Any) -> Any:
@@ -431,7 +482,11 @@ def test_torch_is_the_judge(name: str) -> None:
     caches = {name: np.zeros((2, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
     start = 0
     for end in (8, 9, 10, 11):
-        feeds = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+        feeds = {
+            "input_ids": ids[:, start:end],
+            "attention_mask": mask[:, :end],
+            "position_ids": positions[:, start:end],
+        }
         given = {key: np.ascontiguousarray(array) for key, array in feeds.items() if key in wanted}
         results = run_session(session, {**given, **caches})
         tokens = mask[:, start:end].astype(bool)
