@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ..compiler.graph import Array
 from ..runtime.feeds import index_limits
 from .attention_match import NotAttention
-from .probing import MASK, POSITIONS, TOKENS, Prober, Step
+from .probing import POSITIONS, TOKENS, Prober, Step
 
 # For each new slot of two texts the one whose token it gets.
 _ORDER = np.array([[3, 0, 4, 2, 1], [2, 4, 1, 0, 3]])

@@ -1,7 +1,7 @@
 """Small random decoders with a key/value cache as ONNX text, whose parts can be exchanged one by one.
 
-``decoder(Shape(...))`` builds the graph, ``reference`` computes the same logits in NumPy, row by row without any padding,
-``samples`` makes the steps on which two versions are compared.
+``decoder(Spec(...))`` builds the graph, ``reference`` computes the same logits in NumPy, text by text without any
+padding, ``samples`` makes the steps on which two versions are compared.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def decoder(spec: Spec) -> ir.Model:
     w = weights(spec)
     one, zero, two = text.ints(1), text.ints(0), text.ints(2)
     s0, s1 = text.number(0), text.number(1)
-    text.add(f"t1 = Shape<start=1, end=2>(attention_mask) total = Squeeze(t1) n1 = Shape<start=1, end=2>(input_ids)")
+    text.add("t1 = Shape<start=1, end=2>(attention_mask) total = Squeeze(t1) n1 = Shape<start=1, end=2>(input_ids)")
     text.add(f"new = Squeeze(n1) past = Sub(total, new) keys = Range({s0}, total, {s1}) own = Range(past, total, {s1})")
     text.add(f"own2 = Unsqueeze(own, {one}) causal = LessOrEqual(keys, own2) away = Sub(own2, keys)")
     text.add(f"seen = Cast<to=9>(attention_mask) padding = Unsqueeze(seen, {text.ints(1, 2)})")
@@ -242,7 +242,8 @@ def _rotate(text: _Text, rotary: Rotary, name: str, i: int, size: int) -> str:
     if rotary.interleaved:
         step = text.ints(2)
         text.add(
-            f"{p}a = Slice({source}, {zero}, {end}, {axis}, {step}) {p}b = Slice({source}, {text.ints(1)}, {end}, {axis}, {step})"
+            f"{p}a = Slice({source}, {zero}, {end}, {axis}, {step}) "
+            f"{p}b = Slice({source}, {text.ints(1)}, {end}, {axis}, {step})"
         )
     else:
         text.add(f"{p}a = Slice({source}, {zero}, {half}, {axis}) {p}b = Slice({source}, {half}, {end}, {axis})")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-
 from grouped_decoders import Spec, decoder, step
+
 from onnxlathe.compiler.decoder_steps import cache_names
 from onnxlathe.compiler.verify import compare, run_reference
 

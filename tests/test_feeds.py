@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from grouped_decoders import Spec, decoder
+
 from onnxlathe.compiler.verify import run_reference
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds

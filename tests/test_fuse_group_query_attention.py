@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-
 from grouped_decoders import VOCABULARY, Rotary, Spec, decoder, reference, samples, step
+
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.graph import attribute
 from onnxlathe.compiler.load import infer_shapes
@@ -286,7 +286,8 @@ def test_without_an_attention_mask_it_is_refused() -> None:
 
 
 def test_models_without_a_cache_are_not_spoken_of() -> None:
-    model = from_text("""<ir_version: 10, opset_import: ["" : 23]> g (float[b, 4, s, 16] q, float[b, 4, s, 16] k) => (y) {
+    model = from_text("""<ir_version: 10, opset_import: ["" : 23]>
+      g (float[b, 4, s, 16] q, float[b, 4, s, 16] k) => (y) {
       t = Transpose<perm=[0,1,3,2]>(k) m = MatMul(q, t) p = Softmax(m) y = MatMul(p, k) }""")
     assert not refused(PASS, model).refusals
 
@@ -315,7 +316,8 @@ def test_unnamed_dims() -> None:
 
 
 HEADS = {
-    "bias and cap": "raw = MatMul(last, head) biased = Add(raw, bias) less = Div(biased, cap) t = Tanh(less) logits = Mul(t, cap)",
+    "bias and cap": "raw = MatMul(last, head) biased = Add(raw, bias) less = Div(biased, cap) t = Tanh(less) "
+    "logits = Mul(t, cap)",
     "tied": "turned = Transpose<perm=[1,0]>(embed) logits = MatMul(last, turned)",
     "Gemm": "flat = Reshape(last, rows) gemm = Gemm(flat, head, bias) shape = Shape<end=2>(input_ids) "
     "whole = Concat<axis=0>(shape, columns) logits = Reshape(gemm, whole)",

@@ -75,7 +75,9 @@ def test_external_data(tmp_path: Path) -> None:
     assert outcome.changed
 
 
-GROUPED = """y, pk, pv = com.microsoft.GroupQueryAttention<num_heads=2, kv_num_heads=1>(q, k, v, past_k, past_v, last, total)"""
+GROUPED = """
+  y, pk, pv = com.microsoft.GroupQueryAttention<num_heads=2, kv_num_heads=1>
+    (q, k, v, past_k, past_v, last, total)"""
 ORDERED = {"order_q": [3, 2, 1, 0] * 4, "order_k": list(range(16, 24)), "order_v": list(range(24, 32))}
 
 
