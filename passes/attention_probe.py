@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ..compiler.graph import Array
 from ..runtime.errors import ModelError
 from .attention_match import NotAttention
+from .by_token import check_by_token
 from .cached_attention import CachedAttention, activations, source_of
 from .causal_mask import MaskReader
 from .probing import Prober, Step, plain_step
@@ -130,7 +131,19 @@ class _Reader:
             meanings.append(
                 Meaning(block, projections[0], projections[1], projections[2], table, scale, window, padded)
             )
+        self._progress("probing what lies between the attentions")
+        presents = {cache.present for block in self._blocks for cache in (block.key, block.value)}
+        outputs = [value for value in self._model.graph.outputs if value not in presents]
+        results = {block.last.outputs[0]: self._result_shape(block) for block in self._blocks}
+        check_by_token(self._model, self._prober, results, self._sources, outputs)
         return meanings
+
+    def _result_shape(self, block: CachedAttention) -> tuple[int, int]:
+        """Rank and number of features."""
+        dims = self._shapes.dims(block.last.outputs[0])
+        if dims is None or dims[-1][1]:
+            raise NotAttention(f"the shape of {block.last.outputs[0].name} is not known")
+        return len(dims), dims[-1][0]
 
     def _evaluate(self, make: Callable[[ir.Value], Array], step: Step, wanted: Sequence[ir.Value]) -> list[Array]:
         """``wanted`` of the results where each source is what ``make`` says."""
@@ -194,7 +207,7 @@ class _Reader:
     def _rotations(self, indices: list[Array]) -> tuple[list[Rotation], int, int]:
         """What happens to each result between its source and the attention; the first position probed; how many."""
         sequence = 3
-        starts = [min(start, self._max_length - sequence) for start in _PROBED_AT]
+        starts = [start for start in _PROBED_AT if start + sequence <= self._max_length] or [0]
         for start in starts:
             step, rng = plain_step(2, sequence, start), np.random.default_rng(0)
             rows = {s: rng.standard_normal((2, sequence, self._width(s))) for s in dict.fromkeys(self._sources)}
@@ -236,26 +249,68 @@ class _Reader:
         table = self._tabulate(key, number, index)
         if not _matches(table, key, at):
             raise NotAttention("the rotary angles depend on the length of the input")
+        self._check_angles(table, number, index)
         self._tables.append(table)
         return table, factor
 
     def _tabulate(self, rotation: Rotation, number: int, index: Array) -> Table:
-        """Runs K's rotation over all positions with ones as the first and zeros as the second of each pair."""
-        first, second = pair(rotation.width, rotation.interleaved)
-        source, result = self._sources[number], self._results[number]
-        rows = np.zeros(self._width(source))
-        rows[index[:, first]] = 1.0
+        """K's rotation at all positions; fewer where the model's own table of positions ends before."""
         cos: list[Array] = []
         sin: list[Array] = []
         for start in range(0, self._max_length, _CHUNK):
             self._progress(f"tabulating rotary angles, position {start}")
             length = min(_CHUNK, self._max_length - start)
-            step = plain_step(1, length, start)
-            repeated = np.broadcast_to(rows, (1, length, rows.size))
-            found = self._prober.run([result], {source: self._features(source, repeated, step)}, step)[0]
-            cos.append(found[0, 0, :, first])
-            sin.append(found[0, 0, :, second])
+            found = self._angles_within(plain_step(1, length, start), number, index, rotation)
+            cos.append(found[0][0])
+            sin.append(found[1][0])
+            if len(cos[-1]) < length:
+                break
         return Table(np.concatenate(cos), np.concatenate(sin), rotation.interleaved)
+
+    def _angles_within(self, step: Step, number: int, index: Array, like: Rotation) -> tuple[Array, Array]:
+        """``_angles`` of as many positions of ``step`` as the model knows."""
+        try:
+            return self._angles(step, number, index, like)
+        except ModelError:
+            if step.past == 0 and step.sequence < 2:
+                raise
+        known, unknown = 0, step.sequence
+        empty = np.zeros((1, 0, like.width // 2), np.float32)
+        found = (empty, empty)
+        while unknown - known > 1:
+            middle = (known + unknown) // 2
+            try:
+                found, known = self._angles(plain_step(1, middle, step.past), number, index, like), middle
+            except ModelError:
+                unknown = middle
+        return found
+
+    def _angles(self, step: Step, number: int, index: Array, like: Rotation | Table) -> tuple[Array, Array]:
+        """Cosines and sines [batch, sequence, width / 2]: K where the first of each pair is one, the second zero."""
+        width = like.width if isinstance(like, Rotation) else 2 * like.cos.shape[1]
+        first, second = pair(width, like.interleaved)
+        source, result = self._sources[number], self._results[number]
+        rows = np.zeros(self._width(source))
+        rows[index[:, first]] = 1.0
+        repeated = np.broadcast_to(rows, (step.batch, step.sequence, rows.size))
+        found = self._prober.run([result], {source: self._features(source, repeated, step)}, step)[0]
+        return found[:, 0, :, first], found[:, 0, :, second]
+
+    def _check_angles(self, table: Table, number: int, index: Array) -> None:
+        """Checks that the angles of a position are the same in texts of other lengths (dynamic NTK, LongRoPE)."""
+        length, few = len(table.cos), min(3, len(table.cos))
+        mask = np.ones((2, length), np.int64)
+        mask[1, : length - few] = 0  # the first positions beside the last ones
+        checks = [(Step(mask, few), 0, length - few), (Step(mask, few), 1, 0)]
+        cos, sin = self._angles(checks[0][0], number, index, table)
+        counts = not (np.array_equal(cos[0], cos[1]) and np.array_equal(sin[0], sin[1]))
+        if not counts:  # by slot: the first positions are in the same run only in one long run
+            checks = [(plain_step(1, length, 0), 0, 0)]
+            cos, sin = self._angles(checks[0][0], number, index, table)
+        for _, row, start in checks:
+            at = slice(start, start + cos.shape[1])
+            if not (_close(cos[row], table.cos[at]) and _close(sin[row], table.sin[at])):
+                raise NotAttention("the rotary angles depend on the length of the input")
 
     def _repeats(self) -> list[float]:
         """Checks that each key/value head serves its group of query heads; the factors that K's copies carry."""
@@ -285,6 +340,10 @@ class _Reader:
         if dims is None or dims[1][1] or dims[3][1]:
             raise NotAttention(f"heads and head size of {value.name} are not known")
         return dims[1][0], step.mask.shape[1], dims[3][0]
+
+
+def _close(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and np.allclose(a, b, atol=1e-4)
 
 
 def _matches(table: Table, rotation: Rotation, at: slice) -> bool:

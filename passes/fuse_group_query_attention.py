@@ -55,7 +55,11 @@ class FuseGroupQueryAttention(Pass):
     row with several new tokens and a cache at once ("batch_size must be 1 when sequence_length > 1").
 
     All or nothing, as the tokens are reordered for all. Refused: biases on the scores (ALiBi, T5), angles that depend
-    on the length of the input, masks that are not causal, caches that other nodes read, head sizes no multiple of 8.
+    on the length of the input, masks that are not causal, caches that other nodes read, head sizes no multiple of 8,
+    and anything beside the attentions that is not done token by token (``by_token.py``).
+
+    Positions and windows count tokens. A model without position_ids, and any window, counts slots: those are the same
+    unless padding lies between tokens (a prompt padded on the right, then continued), where the answers are others.
 
     Pays on CPU (no repeated heads, no mask, no copy of the cache) and CUDA (flash attention). Contract: onnxruntime
     docs/ContribOperators.md; rotary embedding: Su et al. 2021 (arXiv 2104.09864).
@@ -82,7 +86,8 @@ class FuseGroupQueryAttention(Pass):
             for meaning in meanings:
                 _check_kernel(meaning, shapes)
         except NotAttention as refusal:
-            outcome.refuse(find_caches(model)[0].present.producer() or next(iter(model.graph)), _RULE, str(refusal))
+            node = find_caches(model)[0].present.producer() or next(iter(model.graph))
+            outcome.refuse(node, _RULE, str(refusal) or "what follows the cache is no attention that is known here")
             return outcome
         builder = _Builder(model, shapes, self.name)
         for meaning in meanings:
@@ -92,6 +97,7 @@ class FuseGroupQueryAttention(Pass):
         remove_dead(model)
         outcome.counts["GroupQueryAttention"] = len(meanings)
         if builder.tables:
+            length = min(len(meaning.table.cos) for meaning in meanings if meaning.table is not None)
             model.metadata_props[MAX_LENGTH_KEY] = str(length)
             outcome.notes.append(f"rotary angles are tabulated for {length} positions")
         if builder.rotated_outside:
@@ -188,12 +194,8 @@ class _Builder:
 
     def restore_outputs(self) -> None:
         """Gives logits and other results by token back in the caller's order."""
-        tokens = next(value for value in self._model.graph.inputs if value.name == TOKENS)
-        wanted = self._shapes.dims(tokens)
         for output in self._rows:
-            found = self._shapes.dims(output)
-            if found is not None and wanted is not None and found[:2] == wanted[:2]:
-                self._order.restore(output)
+            self._order.restore(output)
 
     def _flat(self, part: Projection, new: list[ir.Node]) -> ir.Value:
         """The heads of one projection as [batch, sequence, heads * head_dim]."""

@@ -43,6 +43,7 @@ class _Projection:
     product: ir.Node
     bias: Array | None
     columns: Array | None
+    read_elsewhere: bool
 
     def select(self, array: Array) -> Array:
         """The columns of a weight or bias that ``value`` is made of."""
@@ -103,7 +104,7 @@ def _projections(attention: ir.Node) -> list[_Projection]:
             raise _Refused(f"the weight of {item.product.name} is not a constant matrix")
         if len(weight.uses()) != 1:
             raise _Refused(f"the weight of {item.product.name} is also used elsewhere: merging would store it twice")
-        if only_consumer(item.value) is None:
+        if only_consumer(item.value) is None or item.read_elsewhere:
             raise _Refused(f"the result of {item.product.name} is also used elsewhere")
     return found
 
@@ -121,11 +122,13 @@ def _projection(value: ir.Value | None) -> _Projection:
         if node is None or columns is None or columns.ndim != 1 or not last_axis:
             raise _Refused("")
         source = node.outputs[0]
-    biased = biased_product(source) if is_op(node, "Add") else None
+    biased = biased_product(source, shared=columns is not None) if is_op(node, "Add") else None
     product = producer(biased[0], "MatMul") if biased is not None else node if is_op(node, "MatMul") else None
     if product is None:
         raise _Refused("")
-    return _Projection(value, product, biased[1] if biased is not None else None, columns)
+    bias = biased[1] if biased is not None else None
+    gathers = source is value or all(is_op(use.node, "Gather") for use in source.uses())
+    return _Projection(value, product, bias, columns, not gathers or (source is not value and source.is_graph_output()))
 
 
 def _merge(attention: ir.Node, projections: list[_Projection], names: Names, version: int, by: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import Gate, Outcome, Pass, PassContext
-from ..compiler.graph import PASS_KEY, Array, Names, add_initializer, dims, make_node, rank
-from .token_order import before_head
+from ..compiler.graph import PASS_KEY, Array, Names, add_initializer, dims, make_node
+from .token_order import head_product
 
 _RULE = "logits [batch, sequence, vocabulary] -> [batch, 1, vocabulary]"
 
@@ -41,12 +41,13 @@ class KeepLastLogits(Pass):
         known = dims(logits)
         if logits is None or known is None or len(known) != 3 or known[1] == 1:
             return outcome
-        value = before_head(logits)
-        maker = value.producer()
-        if maker is None or rank(value) != 3 or value is logits or len(value.uses()) != 1:
+        head = head_product(logits)
+        value = head.inputs[0] if head is not None else None
+        maker = value.producer() if value is not None else None
+        if head is None or value is None or maker is None:
             node = logits.producer()
             if node is not None:
-                outcome.refuse(node, _RULE, "the head is not a product of a value that nothing else reads")
+                outcome.refuse(node, _RULE, "it is not made, row by row, by a product with a constant matrix")
             return outcome
         names = Names(model)
         bounds = [
@@ -55,13 +56,12 @@ class KeepLastLogits(Pass):
         ]
         shape = dims(value)
         name = names.fresh(f"{value.name}_last")
-        (use,) = value.uses()
         cut = [shape[0], 1, shape[2]] if shape is not None else None
         node = make_node("Slice", [value, *bounds], name=name, output=name, dtype=value.dtype, shape=cut)
         node.metadata_props[PASS_KEY] = self.name
         model.graph.insert_after(maker, node)
-        use.node.replace_input_with(use.idx, node.outputs[0])
-        _set_length(use.node, logits)
+        head.replace_input_with(0, node.outputs[0])
+        _set_length(head, logits)
         outcome.counts["last position only"] += 1
         return outcome
 

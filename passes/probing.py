@@ -97,7 +97,8 @@ def evaluate(
             part.inputs.remove(inner)
             continue
         inner.shape = None
-        feeds[inner.name or ""] = given[outer] if outer in given else _array(outer, steps[outer])
+        array = given[outer] if outer in given else _array(outer, steps[outer])
+        feeds[inner.name or ""] = array.astype(outer.dtype.numpy()) if outer.dtype is not None else array
     for value in part.outputs:
         value.shape = None
         if value.type is None:

@@ -41,10 +41,13 @@ def join_columns(
     return value
 
 
-def biased_product(value: ir.Value) -> tuple[ir.Value, Array] | None:
-    """For ``MatMul(x, W) + b`` with a constant vector b that only the attention reads: the product and b."""
+def biased_product(value: ir.Value, *, shared: bool = False) -> tuple[ir.Value, Array] | None:
+    """For ``MatMul(x, W) + b`` with a constant vector b: the product and b.
+
+    Only one node reads it; several may where ``shared``.
+    """
     node = producer(value, "Add")
-    if node is None or len({use.node for use in value.uses()}) != 1 or value.is_graph_output():
+    if node is None or (len({use.node for use in value.uses()}) != 1 and not shared) or value.is_graph_output():
         return None
     for left, right in (node.inputs, node.inputs[::-1]):
         product = producer(left, "MatMul")

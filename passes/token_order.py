@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ..compiler.graph import PASS_KEY, Names, add_initializer, constant, is_op, make_node, producer
 from .probing import MASK, POSITIONS, TOKENS
 
-_BEYOND_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
+_AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
 
 
 class TokenOrder:
@@ -28,6 +28,7 @@ class TokenOrder:
     def __init__(self, model: ir.Model, names: Names, by: str) -> None:
         self._graph, self._names, self._by = model.graph, names, by
         self._nodes: list[ir.Node] = []
+        self._restored: dict[ir.Value, ir.Value] = {}
         inputs = {value.name: value for value in model.graph.inputs}
         self._tokens, mask = inputs[TOKENS], inputs[MASK]
         readers = [(use.node, use.idx) for use in self._tokens.uses()]
@@ -88,30 +89,31 @@ class TokenOrder:
         return outputs[1]
 
     def restore(self, output: ir.Value) -> None:
-        """Puts the rows of what ``output`` is computed from back into the caller's order.
+        """Puts the rows of the graph output ``output`` back into the caller's order; other readers keep the new one.
 
-        As far up as the result of a row depends on nothing but that row: before the language model's head, whose input
-        is narrower.
+        As far up as only the output depends on the rows: before the language model's head, whose input is narrower.
         """
-        value = before_head(output)
-        readers = [(use.node, use.idx) for use in value.uses()]
-        name = self._names.fresh(f"{value.name}_given_order")
-        node = make_node(
-            "GatherND", [value, self._back], name=name, output=name, like=value, attributes={"batch_dims": 1}
-        )
-        node.metadata_props[PASS_KEY] = self._by
-        maker = value.producer()
-        if maker is None:
-            raise ValueError(f"{value.name} is a graph input")
-        self._graph.insert_after(maker, node)
-        if value is output:
-            own = value.name
-            value.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
-            node.replace_input_with(0, value)
-            value.name, node.outputs[0].name = name, own
+        head = head_product(output)
+        if head is not None:
+            head.replace_input_with(0, self._in_given_order(head.inputs[0]))
             return
-        for reader, index in readers:
-            reader.replace_input_with(index, node.outputs[0])
+        restored = self._in_given_order(output)
+        outputs = self._graph.outputs
+        outputs[list(outputs).index(output)] = restored
+        output.name, restored.name = self._names.fresh(f"{output.name}_ordered"), output.name
+
+    def _in_given_order(self, value: ir.Value | None) -> ir.Value:
+        if value is None or (maker := value.producer()) is None:
+            raise ValueError("a graph input is no result of a token")
+        if value not in self._restored:
+            name = self._names.fresh(f"{value.name}_given_order")
+            node = make_node(
+                "GatherND", [value, self._back], name=name, output=name, like=value, attributes={"batch_dims": 1}
+            )
+            node.metadata_props[PASS_KEY] = self._by
+            self._graph.insert_after(maker, node)
+            self._restored[value] = node.outputs[0]
+        return self._restored[value]
 
     def _constant(self, base: str, numbers: list[int] | int) -> ir.Value:
         return add_initializer(self._graph, self._names, f"tokens_{base}", np.array(numbers, np.int64))
@@ -143,18 +145,20 @@ class TokenOrder:
         self._nodes.append(node)
 
 
-def before_head(output: ir.Value) -> ir.Value:
-    """The input of the last product that makes ``output``, or ``output``."""
+def head_product(output: ir.Value) -> ir.Node | None:
+    """The last product that makes ``output`` and nothing else, if its rows are those of its first operand."""
     value = output
     for _ in range(8):
         node = producer(value)
-        if node is None:
-            return output
-        if is_op(node, "MatMul", "Gemm", "MatMulNBits"):
-            source = node.inputs[0]
-            return source if source is not None and len(source.shape or ()) == 3 else output
+        if node is None or len(value.uses()) != (value is not output):
+            return None
+        if is_op(node, "MatMul", "MatMulNBits"):
+            source, weight = node.inputs[:2]
+            by_row = source is not None and source.producer() is not None and len(source.shape or ()) == 3
+            constant_weight = weight is not None and (is_op(node, "MatMulNBits") or len(weight.shape or ()) == 2)
+            return node if by_row and constant_weight else None
         operands = [item for item in node.inputs if item is not None and constant(item, limit=1) is None]
-        if node.op_type not in _BEYOND_HEAD or len(operands) != 1:
-            return output
+        if node.op_type not in _AFTER_HEAD or len(operands) != 1:
+            return None
         value = operands[0]
-    return output
+    return None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grouped_decoders import Spec, decoder
 
 from onnxlathe.compiler.verify import run_reference
 from onnxlathe.runtime.errors import ModelError
@@ -114,3 +115,24 @@ def test_weights_that_may_be_overridden_need_not_be_given() -> None:
     check_feeds(model.graph.inputs, sample)  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match="'table'"):
         check_feeds(model.graph.inputs, {**sample, "table": np.ones((37, 4))})  # type: ignore[attr-defined]
+
+
+def test_samples_of_a_decoder_are_steps_of_generation() -> None:
+    """One row that goes on from a cache, then two rows from the start, the last padded on the left."""
+    spec = Spec()
+    model = decoder(spec)
+    first, second = make_feeds(model, seed=0)
+    assert first["input_ids"].shape[0] == 1 and first["past_key_values.0.key"].shape[2] == 5
+    assert first["attention_mask"].all()
+    assert first["attention_mask"].shape[1] == first["input_ids"].shape[1] + 5
+    assert np.array_equal(first["position_ids"][0], 5 + np.arange(first["input_ids"].shape[1]))
+    mask = second["attention_mask"]
+    assert mask.shape[0] == 2 and second["past_key_values.0.key"].shape[2] == 0
+    assert mask[0].all() and mask[1, -1] == 1 and not mask[1, 0]
+    padding = int((mask[1] == 0).sum())
+    assert (mask[1, padding:] == 1).all(), "contiguous"
+    assert np.array_equal(second["position_ids"][1, padding:], np.arange(mask.shape[1] - padding)), "counts tokens"
+    assert (second["position_ids"][1, :padding] == 0).all()
+    for sample in (first, second):
+        check_feeds(model.graph.inputs, sample)
+    run_reference(model, [first, second])

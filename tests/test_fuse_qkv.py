@@ -73,3 +73,44 @@ def test_projection_that_is_an_output_stays() -> None:
 def test_external_data(tmp_path: Path) -> None:
     _, outcome = rewrite(FuseQKV(), with_external_data(build(BIASED + STANDARD), tmp_path), nested=False)
     assert outcome.changed
+
+
+GROUPED = """
+  y, pk, pv = com.microsoft.GroupQueryAttention<num_heads=2, kv_num_heads=1>
+    (q, k, v, past_k, past_v, last, total)"""
+ORDERED = {"order_q": [3, 2, 1, 0] * 4, "order_k": list(range(16, 24)), "order_v": list(range(24, 32))}
+
+
+def grouped(body: str, **constants: np.ndarray) -> ir.Model:
+    caches = "float[b, 1, p, 8] past_k, float[b, 1, p, 8] past_v, int32[b] last, int32 total"
+    kinds = {"float32": "float", "int64": "int64"}
+    declared = [f"{kinds[str(a.dtype)]}[{','.join(map(str, a.shape))}] {name}" for name, a in constants.items()]
+    header = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>'
+    outputs = "float[b, s, 16] y, float[b, 1, t, 8] pk, float[b, 1, t, 8] pv"
+    inputs = ", ".join(["float[b, s, 10] x", caches, *declared])
+    return from_text(f"{header} g ({inputs}) => ({outputs}) {{ {body} {GROUPED} }}", **constants)
+
+
+def steps() -> list[dict[str, np.ndarray]]:
+    cache = RNG.standard_normal((2, 2, 1, 4, 8)).astype(np.float32)
+    sample = {"x": RNG.standard_normal((2, 1, 10)).astype(np.float32), "past_k": cache[0], "past_v": cache[1]}
+    return [{**sample, "last": np.full(2, 4, np.int32), "total": np.array(5, np.int32)}]
+
+
+def test_grouped_attention_takes_the_product_packed() -> None:
+    weights = {f"w{n}": RNG.standard_normal((10, w)).astype(np.float32) for n, w in zip("qkv", (16, 8, 8), strict=True)}
+    after, outcome = rewrite(FuseQKV(), grouped(BARE, **weights), feeds=steps(), nested=False)
+    assert outcome.counts == {"QKV merged": 1} and ops(after) == {"MatMul": 1, "com.microsoft.GroupQueryAttention": 1}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gathered_columns_become_columns_of_the_weight(biased: bool) -> None:
+    """GPT-NeoX: parts of one product in another order."""
+    constants = {name: np.array(numbers) for name, numbers in ORDERED.items()}
+    constants["w"] = RNG.standard_normal((10, 32)).astype(np.float32)
+    if biased:
+        constants["b"] = RNG.standard_normal(32).astype(np.float32)
+    product = "m = MatMul(x, w) all = Add(m, b)" if biased else "all = MatMul(x, w)"
+    parts = " ".join(f"{name} = Gather<axis=-1>(all, order_{name})" for name in "qkv")
+    after, outcome = rewrite(FuseQKV(), grouped(f"{product} {parts}", **constants), feeds=steps(), nested=False)
+    assert outcome.counts == {"QKV merged": 1} and "Gather" not in ops(after)
