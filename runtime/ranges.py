@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
 
 _BINS = 8192
-_SHRINKS = np.linspace(1.0, 0.2, 81)
+_SHRINKS = [1.0 - step / 100 for step in range(81)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MinMax:
 
 
 class Histogram(MinMax):
-    """Counts in equal bins over ``[-reach, reach]``; when values exceed it, the reach doubles and bins merge in pairs."""
+    """Counts in equal bins over ``[-reach, reach]``; for larger values the reach doubles and bins merge in pairs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,9 +99,9 @@ def choose_range(
     """The range to quantize with.
 
     ``minmax`` covers everything seen. ``percentile`` leaves out ``100 - percentile`` percent of the values, half on each
-    side. ``mse`` and ``entropy`` try 81 fractions of the range seen, 1 to 0.2, and take the one with the
-    least mean square error, or the least Kullback-Leibler divergence of the quantized distribution from the one seen
-    (Migacz, "8-bit inference with TensorRT", 2017); no range is wider than what was seen. 16-bit types always cover everything.
+    side. ``mse`` and ``entropy`` clip at 81 fractions, 1 to 0.2, of the largest magnitude and take the one with the least
+    mean square error, or the least Kullback-Leibler divergence of the quantized distribution from the one seen (Migacz,
+    "8-bit inference with TensorRT", 2017). No range is wider than what was seen; 16-bit types cover all of it.
 
     Args:
         seen: a ``Histogram``; ``MinMax`` will do for ``minmax``.
@@ -119,9 +119,9 @@ def choose_range(
     else:
         spec = dataclasses.replace(spec or QuantSpec(), axis=None)
         cost = _square_error if method == "mse" else _divergence
-        costs = [cost(seen, whole.low * part, whole.high * part, spec) for part in _SHRINKS]
-        part = _SHRINKS[int(np.argmin(costs))]
-        low, high = whole.low * part, whole.high * part
+        most = max(-whole.low, whole.high)
+        choices = [(max(whole.low, -most * part), min(whole.high, most * part)) for part in _SHRINKS]
+        low, high = min(choices, key=lambda choice: cost(seen, *choice, spec))
     return TensorRange(max(low, whole.low), min(high, whole.high), (whole.low, whole.high))
 
 
