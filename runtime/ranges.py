@@ -98,10 +98,10 @@ def choose_range(
 ) -> TensorRange:
     """The range to quantize with.
 
-    ``minmax`` covers everything seen. ``percentile`` leaves out ``100 - percentile`` percent of the values, half on each
-    side. ``mse`` and ``entropy`` clip at 81 fractions, 1 to 0.2, of the largest magnitude and take the one with the least
-    mean square error, or the least Kullback-Leibler divergence of the quantized distribution from the one seen (Migacz,
-    "8-bit inference with TensorRT", 2017). No range is wider than what was seen; 16-bit types cover all of it.
+    ``minmax`` covers everything seen. ``percentile`` leaves out ``100 - percentile`` percent of the values, half on
+    each side. ``mse`` and ``entropy`` clip at 81 fractions, 1 to 0.2, of the largest magnitude and take the one with
+    the least mean square error, or the least Kullback-Leibler divergence of the quantized distribution from the one
+    seen (Migacz, "8-bit inference with TensorRT", 2017). No range is wider than what was seen; 16-bit types cover it.
 
     Args:
         seen: a ``Histogram``; ``MinMax`` will do for ``minmax``.
