@@ -11,6 +11,8 @@ from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
+from .quantize_dynamic import QuantizeDynamic
+from .quantize_static import QuantizeStatic
 from .simplify_shapes import SimplifyShapes
 from .split_skip_normalization import SplitSkipNormalization
 from .upgrade_opset import UpgradeOpset
@@ -26,6 +28,8 @@ PASSES: dict[str, type[Pass]] = {
         FuseNormalization,
         FuseQKV,
         FuseSkipNormalization,
+        QuantizeDynamic,
+        QuantizeStatic,
         SimplifyShapes,
         SplitSkipNormalization,
         UpgradeOpset,

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import Outcome
@@ -147,10 +148,21 @@ class _Planner:
             return "it is quantized already"
         if any(value is not None and value.graph is not self.graph for value in node.inputs):
             return "an operand belongs to another graph"
-        if weight is not None and constant(weight, limit=0) is None and not weight.is_initializer():
-            if node.op_type != "MatMul" or not self.options.products:
-                return "a product of two activations: see products=True"
-        return product_problem(node)
+        computed = weight is not None and (not weight.is_initializer() or weight.is_graph_input())
+        if computed and (node.op_type != "MatMul" or not self.options.products):
+            return "a product of two activations: see products=True"
+        return product_problem(node) or self._constant_problem(node)
+
+    def _constant_problem(self, node: ir.Node) -> str:
+        """What is wrong with the weight or the bias."""
+        for value in node.inputs[1:]:
+            array = constant(value)
+            if array is not None and not np.isfinite(array).all():
+                return f"{value.name if value else ''} holds NaN or infinity"
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and constant(bias) is None:
+            return "its bias is computed at run time"
+        return ""
 
     def _joined(self, anchors: set[ir.Node]) -> set[ir.Node]:
         """The largest set of joining nodes that all have quantized inputs and a quantized reader."""
@@ -179,9 +191,9 @@ class _Planner:
             return False
         maker = value.producer()
         if maker is not None and _keeps_zero(maker) and only_consumer(before := data_inputs(maker)[0]) is maker:
-            inner = producer(before)
+            inner = before.producer()
             return inner is not None and inner in running and predict(inner.op_type).needs_output
-        if maker in running and maker is not None and predict(maker.op_type).needs_output:
+        if maker is not None and maker in running and predict(maker.op_type).needs_output:
             return True
         if maker is not None and not maker.domain and predict(maker.op_type).execution == "folded":
             source = maker.inputs[0]
@@ -250,12 +262,12 @@ class _Planner:
             or (node.outputs[0].is_graph_output() and name not in self.result.replaced)
         ):
             return
-        if name in self.result.replaced or all(self._reads_integers(use) for use in node.outputs[0].uses()):
+        if name in self.result.replaced or all(self._reads(use.node, use.idx) for use in node.outputs[0].uses()):
             self.result.activations[name] = dataclasses.replace(spec, symmetric=False)
             self.result.absorbed.add(node.name or "")
 
-    def _reads_integers(self, use: ir.Usage) -> bool:
-        return (use.node.name or "") in self.result.nodes and use.node.inputs[use.idx] in data_inputs(use.node)
+    def _reads(self, node: ir.Node, index: int) -> bool:
+        return (node.name or "") in self.result.nodes and node.inputs[index] in data_inputs(node)
 
 
 def data_inputs(node: ir.Node) -> list[ir.Value]:
@@ -287,9 +299,9 @@ def _keeps_zero(node: ir.Node) -> bool:
     """Whether ``node`` is Relu, or Clip from a constant zero on, so that a quantized range can say the same."""
     if not is_op(node, "Relu", "Clip"):
         return False
-    if node.op_type == "Clip" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        if constant(node.inputs[2], limit=1) is None:
-            return False
+    top = node.inputs[2] if len(node.inputs) > 2 else None
+    if top is not None and constant(top, limit=1) is None:
+        return False
     low, high = clip_bounds(node)
     return low == 0.0 and (high is None or high > 0.0)
 

@@ -2,7 +2,7 @@
 
 The table was read off ONNX Runtime's own optimized graphs (1.31, ``optimized_model_filepath``); the rules behind it are
 in its core/optimizer/qdq_transformer/selectors_actions. ``tests/test_quantization_support.py`` holds every row against
-the installed onnxruntime. Other providers: the CUDA provider has no int8 kernels for QDQ graphs, so all is overhead there.
+the installed onnxruntime. The CUDA provider has no int8 kernels for QDQ graphs: all is overhead there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Support:
     """What becomes of a node between DequantizeLinear and QuantizeLinear.
 
     Attributes:
-        execution: ``integer``: one integer kernel runs instead; ``folded``: the node itself runs on 8-bit data and Q/DQ
-            around it vanish, where its input and output have one scale; ``overhead``: Q/DQ stay, the node runs in float.
+        execution: ``integer``: one integer kernel runs instead; ``folded``: the node itself runs on 8-bit data and
+            Q/DQ around it vanish, where its input and output have one scale; ``overhead``: Q/DQ stay, and the node
+            runs in float.
         kernel: the operator that runs, e.g. ``QLinearConv``.
         needs_output: the integer kernel also needs QuantizeLinear right behind the node.
         reason: why it is overhead, in words a user can act on.
