@@ -6,6 +6,7 @@ from ..compiler.base import Pass
 from .cleanup import Cleanup
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
+from .fuse_conv import FuseConv
 from .fuse_gelu import FuseGelu
 from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
@@ -23,6 +24,7 @@ PASSES: dict[str, type[Pass]] = {
         Cleanup,
         FoldConstants,
         FuseAttention,
+        FuseConv,
         FuseGelu,
         FuseLinear,
         FuseNormalization,

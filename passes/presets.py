@@ -36,7 +36,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cpu-int8": Preset(
         "int8 on the CPU provider, calibrated: needs samples.",
-        ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup", "quantize-static", "cleanup"),
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", "quantize-static", "cleanup"),
         True,
     ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),

@@ -71,7 +71,7 @@ def run(model: ir.Model, feeds: dict[str, Any], optimize: bool) -> Any:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     content = ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))[0]
+    return next(iter(session.run(None, feeds)))
 
 
 def values(model: ir.Model) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def test_bodies_of_ifs_are_left_alone() -> None:
 
 def test_no_samples() -> None:
     model = build("y = MatMul(x, w)", "float[n, 16] x", w=constant(16, 8))
-    with pytest.raises(PassError, match="no calibration samples.*quantize-dynamic"):
+    with pytest.raises(PassError, match=r"no calibration samples.*quantize-dynamic"):
         lathe.compile(model, [QuantizeStatic()], progress=False)
 
 
