@@ -3,7 +3,9 @@
     PYTHON benchmarks/worker.py KIND MODEL THREADS
 
 Requests are JSON: ``{"load": path of an .npz}`` -> ``{"ok": true}``; ``{"run": count}`` -> ``{"seconds": [...]}``;
-``{"outputs": path}`` writes the first output, with ``"by_row": true`` of each row of the batch by itself. KIND: ``ort`` (plain, default options), ``lathe`` (onnxlathe.Session),
+``{"outputs": path}`` writes the first output, with ``"by_row": true`` of each row of the batch by itself.
+
+KIND: ``ort`` (plain, default options), ``lathe`` (onnxlathe.Session),
 ``openvino``, ``torch``, ``torch.compile``. Runs in the side's own environment and imports only what the kind needs.
 """
 

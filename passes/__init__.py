@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..compiler.base import Pass
 from .cleanup import Cleanup
+from .convert_float16 import ConvertFloat16
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_conv import FuseConv
@@ -22,6 +23,7 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         Cleanup,
+        ConvertFloat16,
         FoldConstants,
         FuseAttention,
         FuseConv,

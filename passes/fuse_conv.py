@@ -32,7 +32,7 @@ class FuseConv(Pass):
     """Folds what multiplies or shifts the channels of a Conv with constant weights into its weights and bias.
 
     1. ``Conv(x, W, b) * c + d`` -> ``Conv(x, c W, c b + d)`` for constants c and d, numbers or one per channel, in any
-       order and number; ``BatchNormalization`` is such a scale and shift (``scale / sqrt(var + epsilon)``, by its spec).
+       order and number; ``BatchNormalization`` is such a scale and shift: ``scale / sqrt(var + epsilon)`` by its spec.
 
     Refused: weights that are shared, half-precision weights (they would be rounded a second time), an intermediate with
     other readers, constants that differ within a channel.
