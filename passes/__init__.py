@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..compiler.base import Pass
 from .cleanup import Cleanup
+from .equalize_layers import EqualizeLayers
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_gelu import FuseGelu
@@ -12,6 +13,7 @@ from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
 from .simplify_shapes import SimplifyShapes
+from .smooth_quant import SmoothQuant
 from .split_skip_normalization import SplitSkipNormalization
 from .upgrade_opset import UpgradeOpset
 
@@ -19,6 +21,7 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         Cleanup,
+        EqualizeLayers,
         FoldConstants,
         FuseAttention,
         FuseGelu,
@@ -27,6 +30,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseQKV,
         FuseSkipNormalization,
         SimplifyShapes,
+        SmoothQuant,
         SplitSkipNormalization,
         UpgradeOpset,
     )
