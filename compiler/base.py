@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -80,7 +80,7 @@ class PassContext:
     Attributes:
         device: the execution provider the artifact is compiled for.
         threads: intra-op threads of the target; 0 means ONNX Runtime's default.
-        feeds: calibration samples, ``{input name: array}`` each.
+        feeds: calibration samples, ``{input name: array}`` each, which can be read more than once; () for none.
         seed: seed of anything random.
         progress: called with a short line for work that takes longer than about two seconds.
         costs: measured relative kernel costs of the target, for choosing between equivalent forms.
@@ -88,7 +88,7 @@ class PassContext:
 
     device: Device = "cpu"
     threads: int = 0
-    feeds: Sequence[Feeds] = ()
+    feeds: Iterable[Feeds] = ()
     seed: int = 0
     progress: Callable[[str], None] = no_progress
     costs: KernelCosts = dataclasses.field(default_factory=KernelCosts)

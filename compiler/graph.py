@@ -240,23 +240,3 @@ def remove_dead(model: ir.Model) -> int:
             graph.remove(node, safe=True)
             removed += 1
     return removed
-
-
-def with_outputs(model: ir.Model, names: Sequence[str], *, only: bool = False) -> ir.Model:
-    """A copy of ``model`` whose outputs include the values of the main graph called ``names``; weights are shared.
-
-    Args:
-        model: the model; it is not changed.
-        names: values that nodes of the main graph make.
-        only: leave out all other outputs, and the nodes that only they need.
-    """
-    copy = model.clone()
-    outputs = copy.graph.outputs
-    made = {value.name: value for node in copy.graph for value in node.outputs}
-    if only:
-        outputs.clear()
-    have = {value.name for value in outputs}
-    outputs.extend(made[name] for name in dict.fromkeys(names) if name not in have)
-    if only:
-        remove_dead(copy)
-    return copy

@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from ..runtime.errors import ModelError, VerifyError
-from ..runtime.inference import open_session, run_session, session_options, weights_outside
+from ..runtime.inference import expose, open_session, run_session, session_options, weights_outside
 from ..runtime.providers import Device
-from .graph import subgraphs, with_outputs
+from .graph import subgraphs
 
 Array = np.ndarray[Any, Any]
 Results = list[dict[str, Array]]
@@ -187,7 +187,7 @@ def first_difference(
     step = max(1, len(common) // _MAX_PROBES)
     probes = common[::step]
     names = [name for name, _ in probes]
-    left, right = with_outputs(before, names), with_outputs(after, names)
+    left, right = expose(before, names), expose(after, names)
     results = zip(run_reference(left, feeds[:1]), run_reference(right, feeds[:1]), strict=True)
     for old, new in results:
         for name, node in probes:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ..compiler.base import Outcome, Pass, PassContext
 from ..compiler.graph import PASS_KEY, Array, Names, add_initializer, all_nodes, make_node
-from ..compiler.observe import observe
+from ..runtime.calibrate import observe
 from ..runtime.errors import PassError
 from .channel_scale import CannotFold, Place, divide, find_places, set_input
 from .fake_quantize import fake_activation, fake_weight
@@ -37,13 +37,30 @@ class _Shared:
     reason: str
 
 
-@dataclasses.dataclass
 class _Seen:
-    """What the samples showed of a value: bounds per channel, and some rows."""
+    """Bounds per channel of what the samples showed, and some rows of them."""
 
-    low: Array
-    high: Array
-    rows: list[Array]
+    def __init__(self, seed: int) -> None:
+        self.low: Array = np.zeros(0, np.float32)
+        self.high: Array = np.zeros(0, np.float32)
+        self.rows: Array = np.zeros((0, 0), np.float32)
+        self._rng = np.random.default_rng(seed)
+
+    def update(self, array: Array) -> None:
+        """Takes in the value of one sample, [..., channels]."""
+        rows = array.reshape(-1, array.shape[-1])
+        if not rows.size:
+            return
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        if not self.rows.size:
+            self.low, self.high, self.rows = low, high, rows[:0]
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+        # Up to 64 rows of a sample; beyond 256 in all, some of those kept so far give way.
+        self.rows = np.concatenate([self.rows, self._pick(rows, _ROWS // 4)])
+        self.rows = self._pick(self.rows, _ROWS)
+
+    def _pick(self, rows: Array, count: int) -> Array:
+        return rows if len(rows) <= count else rows[np.sort(self._rng.permutation(len(rows))[:count])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +103,11 @@ class SmoothQuant(Pass):
             return outcome
         if not context.feeds:
             raise PassError("smooth-quant needs calibration samples.", "Give calibration=... (--calibration x.npz).")
-        seen = _observe(model, shared, context)
+        seen = {item.value.name or "": _Seen(context.seed) for item in shared}
+        observe(model, seen, context.feeds, threads=context.threads, progress=context.progress)
+        empty = next((name for name, what in seen.items() if not what.rows.size), None)
+        if empty is not None:
+            raise PassError(f"The calibration samples leave {empty} empty.", "Give samples with at least one row.")
         names = Names(model)
         # From the end: what is folded into the columns of a layer changes the rows that an earlier s is made for.
         for number, item in enumerate(reversed(shared)):
@@ -153,11 +174,10 @@ class SmoothQuant(Pass):
         """Squared error of the layers' outputs, both operands rounded to 8 bits after smoothing with ``s``."""
         low, high = float((seen.low / s).min()), float((seen.high / s).max())
         total = 0.0
-        rows = np.concatenate(seen.rows)
-        rounded = fake_activation(rows / s, low, high)
+        rounded = fake_activation(seen.rows / s, low, high)
         for weight in weights:
             scaled = (weight * s[:, None]).T
-            difference = rounded @ fake_weight(scaled, per_channel=self.per_channel).T - rows @ weight
+            difference = rounded @ fake_weight(scaled, per_channel=self.per_channel).T - seen.rows @ weight
             total += float(np.square(difference, dtype=np.float64).sum())
         return total
 
@@ -202,28 +222,3 @@ def _smoothing(alpha: float, weights: Sequence[Array], seen: _Seen) -> Array:
     s = np.ones_like(x)
     s[alive] = np.clip(x[alive] ** alpha / w[alive] ** (1.0 - alpha), _SMALLEST, _LARGEST)
     return s
-
-
-def _observe(model: ir.Model, shared: Sequence[_Shared], context: PassContext) -> dict[str, _Seen]:
-    rng = np.random.default_rng(context.seed)
-    wanted = max(1, -(-_ROWS // len(context.feeds)))
-    seen: dict[str, _Seen] = {}
-    names = [item.value.name or "" for item in shared]
-    for number, values in enumerate(observe(model, names, context.feeds)):
-        context.progress(f"smooth-quant: sample {number + 1} of {len(context.feeds)}")
-        for name, array in values.items():
-            rows = array.reshape(-1, array.shape[-1])
-            if not rows.size:
-                continue
-            picked = rows[np.sort(rng.permutation(len(rows))[:wanted])]
-            low, high = rows.min(axis=0), rows.max(axis=0)
-            known = seen.get(name)
-            if known is None:
-                seen[name] = _Seen(low, high, [picked])
-            else:
-                known.low, known.high = np.minimum(known.low, low), np.maximum(known.high, high)
-                known.rows.append(picked)
-    missing = [name for name in names if name not in seen]
-    if missing:
-        raise PassError(f"The samples leave {missing[0]} empty.", "Give samples with at least one row.")
-    return seen
