@@ -13,8 +13,8 @@ from ..compiler.base import Outcome, Pass, PassContext
 from ..compiler.graph import PASS_KEY, Array, Names, add_initializer, all_nodes, make_node
 from ..runtime.calibrate import observe
 from ..runtime.errors import PassError
+from ..runtime.quantization import QuantSpec
 from .channel_scale import CannotFold, Place, divide, find_places, set_input
-from .fake_quantize import fake_activation, fake_weight
 from .linear_layers import LinearLayer, float_weight, linear_layer
 
 _RULE = "x W -> (x / s) (s W)"
@@ -172,12 +172,14 @@ class SmoothQuant(Pass):
 
     def _error(self, s: Array, weights: Sequence[Array], seen: _Seen) -> float:
         """Squared error of the layers' outputs, both operands rounded to 8 bits after smoothing with ``s``."""
-        low, high = float((seen.low / s).min()), float((seen.high / s).max())
+        activation = QuantSpec("uint8")
+        parameters = activation.parameters((seen.low / s).min(), (seen.high / s).max())
+        rounded = activation.round_trip(seen.rows / s, *parameters)
+        spec = QuantSpec("int8", symmetric=True, axis=1 if self.per_channel else None)
         total = 0.0
-        rounded = fake_activation(seen.rows / s, low, high)
         for weight in weights:
-            scaled = (weight * s[:, None]).T
-            difference = rounded @ fake_weight(scaled, per_channel=self.per_channel).T - seen.rows @ weight
+            scaled = weight * s[:, None]
+            difference = rounded @ spec.round_trip(scaled, *spec.weight_parameters(scaled)) - seen.rows @ weight
             total += float(np.square(difference, dtype=np.float64).sum())
         return total
 
