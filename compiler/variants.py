@@ -172,7 +172,7 @@ def with_injection(model: ir.Model, names: Iterable[str]) -> ir.Model:
         node = value.producer()
         if node is None:
             continue
-        extra = ir.Value(name=injected(name), type=value.type)
+        extra = ir.Value(name=injected(name), type=value.type or ir.TensorType(ir.DataType.FLOAT))
         copy.graph.inputs.append(extra)
         add = make_node("Add", [value, extra], name=fresh.fresh(f"{name}/inject"), output=f"{name}+", like=value)
         users = [(use.node, use.idx) for use in value.uses()]

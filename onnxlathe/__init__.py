@@ -21,6 +21,8 @@ _EXPORTS = {
     "export": ".compiler.export",
     "export_causal_lm": ".compiler.export_lm",
     "compile": ".api",
+    "analyze": ".analysis",
+    "Analysis": ".compiler.analysis",
     "Compiled": ".compiler.pipeline",
     "load": ".runtime.artifact",
     "Session": ".runtime.session",
@@ -45,6 +47,7 @@ __all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES]  # pyright: ignore[reportUns
 
 if TYPE_CHECKING:
     from onnxlathe import compiler, models, passes, runtime
+    from onnxlathe.compiler.analysis import Analysis
     from onnxlathe.compiler.base import Claim, Outcome, Pass, PassContext, Refusal
     from onnxlathe.compiler.export import export
     from onnxlathe.compiler.export_lm import export_causal_lm
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     )
     from onnxlathe.runtime.session import Session
 
+    from .analysis import analyze
     from .api import compile
 
 
