@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..compiler.base import Pass
+from .adaround import AdaRound
 from .cleanup import Cleanup
+from .correct_bias import CorrectBias
 from .equalize_layers import EqualizeLayers
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
@@ -20,7 +22,9 @@ from .upgrade_opset import UpgradeOpset
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
+        AdaRound,
         Cleanup,
+        CorrectBias,
         EqualizeLayers,
         FoldConstants,
         FuseAttention,
