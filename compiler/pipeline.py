@@ -155,6 +155,7 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     record.seconds = time.perf_counter() - start
     record.notes += outcome.notes
     record.refusals = outcome.refusals
+    record.ranges = {name: seen.to_list() for name, seen in outcome.ranges.items()}
     if not outcome.changed:
         return dataclasses.replace(state, spare=candidate)
     record.counts = dict(outcome.counts)

@@ -14,6 +14,8 @@ from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
+from .quantize_dynamic import QuantizeDynamic
+from .quantize_static import QuantizeStatic
 from .simplify_shapes import SimplifyShapes
 from .smooth_quant import SmoothQuant
 from .split_skip_normalization import SplitSkipNormalization
@@ -33,6 +35,8 @@ PASSES: dict[str, type[Pass]] = {
         FuseNormalization,
         FuseQKV,
         FuseSkipNormalization,
+        QuantizeDynamic,
+        QuantizeStatic,
         SimplifyShapes,
         SmoothQuant,
         SplitSkipNormalization,

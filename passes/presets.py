@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..compiler.base import Pass
 from ..runtime.errors import PassError
@@ -53,7 +54,7 @@ def make_pass(name: str, **options: object) -> Pass:
     hints = get_type_hints(kind)
     for option, value in options.items():
         if not _fits(value, hints[option]):
-            wanted = ", ".join(map(repr, get_args(hints[option]))) or hints[option].__name__
+            wanted = ", ".join(map(str, get_args(hints[option]))) or hints[option].__name__
             raise PassError(f"The option {option} of {name!r} cannot be {value!r}.", f"It takes: {wanted}.")
     try:
         return kind(**options)  # pyright: ignore[reportArgumentType]
@@ -62,9 +63,14 @@ def make_pass(name: str, **options: object) -> Pass:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether ``value`` is of the type ``hint``: a plain class, or a Literal."""
-    if get_origin(hint) is Literal:
+    """Whether ``value`` is of the type ``hint``: a plain class, a Literal, a tuple, or a choice of these."""
+    origin = get_origin(hint)
+    if origin is Literal:
         return value in get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if origin is not None:
+        return isinstance(value, origin)
     if isinstance(value, bool):  # Python counts True as an int
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)

@@ -66,12 +66,12 @@ class QuantSpec:
             bottom = -top
         width = top - bottom
         scale = np.where(width > 0, width / (qmax - qmin), 1.0)
-        scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
+        scale = np.asarray(np.maximum(scale, np.finfo(np.float32).tiny), np.float32)
         if self.symmetric:
             zero = np.full(scale.shape, (qmin + qmax) // 2)
         else:
             zero = np.clip(np.rint(qmin - bottom / scale), qmin, qmax)
-        return scale, zero.astype(self.dtype)
+        return scale, np.asarray(zero).astype(self.dtype)
 
     def weight_parameters(self, weight: Array) -> tuple[Array, Array]:
         """Scale and zero point of a constant: from its own smallest and largest values, by channel with an ``axis``."""
