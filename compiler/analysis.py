@@ -49,7 +49,8 @@ class LayerError:
         op: its operator.
         value: the value compared.
         position: place among the layers in the order of the graph, from 0.
-        contribution: energy of the output error over energy of the outputs when only this layer is quantized.
+        contribution: energy of the error over energy of the output when only this layer is quantized; of several
+            outputs the sum.
         local_sqnr: dB of the layer on the float graph's inputs.
         local_cosine: cosine of the same.
         cumulative_sqnr: dB of the layer's result in the quantized graph, errors of all layers before included.

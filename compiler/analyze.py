@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -43,7 +42,7 @@ class _Layer:
     cumulative: Distance = dataclasses.field(default_factory=Distance)
     weights: Distance = dataclasses.field(default_factory=Distance)
     activations: Distance = dataclasses.field(default_factory=Distance)
-    effect: Distance = dataclasses.field(default_factory=Distance)
+    effects: dict[str, Distance] = dataclasses.field(default_factory=lambda: dict[str, Distance]())
     outside: int = 0
     seen: int = 0
 
@@ -156,12 +155,9 @@ class Analyzer:
         nothing = {injected(name): np.zeros((), exact[name].dtype) for name in self.layers}
         for name, layer in self.layers.items():
             error = {injected(name): local[name] - exact[name]}
-            if not np.isfinite(error[injected(name)]).all():
-                layer.effect.noise = math.inf
-                continue
             results = self._injected({**sample, **nothing, **error})
             for output in self.outputs:
-                layer.effect.update(exact[output], results[output])
+                layer.effects.setdefault(output, Distance()).update(exact[output], results[output])
 
     def _row(self, layer: _Layer, position: int) -> LayerError:
         node = self._makers[layer.segment.value]
@@ -171,7 +167,7 @@ class Analyzer:
             op=node.op_type,
             value=layer.segment.value,
             position=position,
-            contribution=layer.effect.ratio,
+            contribution=sum(distance.ratio for distance in layer.effects.values()),
             local_sqnr=layer.local.sqnr,
             local_cosine=layer.local.cosine,
             cumulative_sqnr=layer.cumulative.sqnr,

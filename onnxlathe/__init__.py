@@ -23,6 +23,7 @@ _EXPORTS = {
     "compile": ".api",
     "analyze": ".analysis",
     "Analysis": ".compiler.analysis",
+    "Budget": ".compiler.budget",
     "Compiled": ".compiler.pipeline",
     "load": ".runtime.artifact",
     "Session": ".runtime.session",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from onnxlathe import compiler, models, passes, runtime
     from onnxlathe.compiler.analysis import Analysis
     from onnxlathe.compiler.base import Claim, Outcome, Pass, PassContext, Refusal
+    from onnxlathe.compiler.budget import Budget
     from onnxlathe.compiler.export import export
     from onnxlathe.compiler.export_lm import export_causal_lm
     from onnxlathe.compiler.pipeline import Compiled

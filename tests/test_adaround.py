@@ -90,7 +90,8 @@ def samples(form: str, count: int, seed: int) -> list[dict[str, np.ndarray]]:
     if form in ("matmul", "gemm"):
         return [{"x": correlated(40, seed + number)} for number in range(count)]
     rng = np.random.default_rng(seed)
-    smooth = [np.cumsum(rng.standard_normal((3, 4, 6, 5)), axis=3).astype(np.float32) for _ in range(count)]
+    noise = [rng.standard_normal((3, 4, 6, 5)) for _ in range(count)]
+    smooth = [array.cumsum(axis=2).cumsum(axis=3).astype(np.float32) for array in noise]
     return [{"x": array} for array in smooth]
 
 

@@ -12,13 +12,13 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting import from_text
 
 from onnxlathe.runtime.calibrate import collect_ranges, observe
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import Samples
 from onnxlathe.runtime.quantization import QuantSpec, QuantType
 from onnxlathe.runtime.ranges import Histogram, MinMax, TensorRange, choose_range
+from rewriting import from_text
 
 _TYPES: tuple[QuantType, ...] = ("uint8", "int8", "uint16", "int16")
 

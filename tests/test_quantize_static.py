@@ -11,13 +11,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from rewriting import from_text, inside_if, ops, rewrite
 
 import onnxlathe as lathe
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.passes.quantize_static import QuantizeStatic
 from onnxlathe.runtime.errors import ModelError, PassError
 from onnxlathe.runtime.quantization import QuantSpec
+from rewriting import from_text, inside_if, ops, rewrite
 
 _RNG = np.random.default_rng(0)
 
