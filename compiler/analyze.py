@@ -19,6 +19,7 @@ from .variants import (
     cut,
     cut_input,
     injected,
+    is_quantized,
     segments,
     with_injection,
     without_activations,
@@ -62,11 +63,15 @@ class _Runner:
     def __init__(self, model: ir.Model | None, outputs: Sequence[str], threads: int) -> None:
         self.names = list(dict.fromkeys(outputs))
         self.session = None
+        self.inputs: list[str] = []
         if model is not None and self.names:
             self.session = open_session(model, session_options(threads=threads, optimize=False, repack=False))
+            self.inputs = [item.name for item in self.session.get_inputs()]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return {} if self.session is None else run_session(self.session, feeds, self.names)
+        if self.session is None:
+            return {}
+        return run_session(self.session, {name: feeds[name] for name in self.inputs if name in feeds}, self.names)
 
 
 class Analyzer:
@@ -76,6 +81,8 @@ class Analyzer:
     """
 
     def __init__(self, reference: ir.Model, quantized: ir.Model, threads: int = 0, effects: int = 1) -> None:
+        if is_quantized(reference):
+            raise ModelError("The first model is quantized itself.", "Give the float graph first, then the quantized.")
         self.outputs = _common_outputs(reference, quantized)
         parts = [part for part in segments(reference, quantized) if part.quantized]
         if not parts:

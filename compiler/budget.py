@@ -24,9 +24,9 @@ class Budget:
 
     Attributes:
         metric: ``relative_error``: ``max |float - quantized| / max |float|``; ``cosine``: 1 - cosine; ``sqnr``:
-            signal to noise in dB; ``kl``: mean Kullback-Leibler divergence (nats) of softmax over the last axis, for logits; of
-            several outputs the worst counts. Or a callable ``score(samples, outputs)`` whose fall counts, e.g. the
-            share of right answers.
+            signal to noise in dB; ``kl``: mean Kullback-Leibler divergence (nats) of softmax over the last axis, for
+            logits; of several outputs the worst counts. Or a callable ``score(samples, outputs)`` whose fall counts,
+            e.g. the share of right answers.
         max_drop: the most the metric may be, or the score may fall; for ``sqnr`` the fewest dB.
         held_out: part of the samples kept away from calibration, drawn with the seed of the compile.
         samples: samples to judge on instead; then all others calibrate.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..compiler.base import Pass
 from .adaround import AdaRound
 from .cleanup import Cleanup
+from .clip_outliers import ClipOutliers
 from .correct_bias import CorrectBias
 from .equalize_layers import EqualizeLayers
 from .fold_constants import FoldConstants
@@ -26,6 +27,7 @@ PASSES: dict[str, type[Pass]] = {
     for kind in (
         AdaRound,
         Cleanup,
+        ClipOutliers,
         CorrectBias,
         EqualizeLayers,
         FoldConstants,

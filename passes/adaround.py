@@ -12,9 +12,8 @@ import onnx_ir as ir
 
 from ..compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ..compiler.graph import Array
-from ..runtime.calibrate import observe
 from ..runtime.errors import PassError
-from .linear_layers import LinearLayer
+from .linear_layers import LinearLayer, watch
 from .quantized_layers import QuantizedWeight, mark, quantized_layers, quantized_weight, reference_model, store
 from .rounding import Grid, adaround, output_error
 
@@ -45,17 +44,6 @@ class _Gram:
             self.judge = gram if self.judge is None else self.judge + gram
         else:
             self.fit = gram if self.fit is None else self.fit + gram
-
-
-class _Several:
-    """Shows one value to several observers."""
-
-    def __init__(self, members: Sequence[_Gram]) -> None:
-        self.members = members
-
-    def update(self, array: Array) -> None:
-        for member in self.members:
-            member.update(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +96,7 @@ class AdaRound(Pass):
         unjudged = False
         for group in _groups(kept):
             grams = {layer.node: _Gram(layer) for layer in group}
-            watched: dict[str, list[_Gram]] = {}
-            for layer in group:
-                watched.setdefault(_input(layer), []).append(grams[layer.node])
-            observers = {name: _Several(members) for name, members in watched.items()}
-            observe(model, observers, context.feeds, threads=context.threads, progress=context.progress)
+            watch(model, {gram.layer: gram for gram in grams.values()}, context)
             for layer in group:
                 weight = quantized_weight(layer, reference)
                 if not isinstance(weight, str):
@@ -151,11 +135,6 @@ class AdaRound(Pass):
         mark(layer.node, self.name)
         outcome.counts["weights rounded anew"] += 1
         outcome.notes.append(f"{layer.node.name}: {after / before:.0%} of the weights' error on unseen samples")
-
-
-def _input(layer: LinearLayer) -> str:
-    value = layer.node.inputs[0]
-    return (value.name if value is not None else None) or ""
 
 
 def _groups(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:

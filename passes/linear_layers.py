@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from ..compiler.base import PassContext
 from ..compiler.graph import Array, attribute, constant, dims, is_op, producer, rank
+from ..runtime.calibrate import Observer, observe
 from .matching import next_node, operands
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
@@ -140,6 +143,28 @@ def float_weight(layer: LinearLayer) -> Array | None:
     if layer.dequantize is not None or layer.weight.dtype not in FLOATS:
         return None
     return constant(layer.weight)
+
+
+def watch(model: ir.Model, observers: Mapping[LinearLayer, Observer], context: PassContext) -> None:
+    """Shows the input of each layer to its observer, in one run over the samples; layers may share an input."""
+    by_value: dict[str, list[Observer]] = {}
+    for layer, observer in observers.items():
+        value = layer.node.inputs[0]
+        by_value.setdefault((value.name if value is not None else None) or "", []).append(observer)
+    several = {name: _Several(members) for name, members in by_value.items()}
+    if several:
+        observe(model, several, context.feeds, threads=context.threads, progress=context.progress)
+
+
+class _Several:
+    """Shows one value to several observers."""
+
+    def __init__(self, members: Sequence[Observer]) -> None:
+        self.members = members
+
+    def update(self, array: Array) -> None:
+        for member in self.members:
+            member.update(array)
 
 
 def _is_constant(value: ir.Value | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from rich.console import Console
 
 import onnxlathe as lathe
+from onnxlathe import cli
 from onnxlathe.compiler.analyze import analyze
+from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.errors import ModelError
 from rewriting import from_text
 
@@ -121,6 +124,22 @@ def test_integer_operators_are_compared_too() -> None:
     assert any("cannot be separated" in note for note in found.notes)
 
 
+def test_a_mix_of_forms() -> None:
+    """One layer in integer operators, one in Q/DQ: each is compared as far as it can be."""
+    text = """<ir_version: 10, opset_import: ["" : 20]> d
+    (float[n, 8] x, int8[8, 16] w1q, float s1, int8 z1, int8[16, 4] w2_quantized, float[4] s2, int8[4] z2, float sr,
+     uint8 zr) => (float[n, 4] y) {
+      xq, sx, zx = DynamicQuantizeLinear(x) i = MatMulInteger(xq, w1q, zx, z1) c = Cast<to=1>(i) s = Mul(sx, s1)
+      h = Mul(c, s) r = Relu(h) rq = QuantizeLinear(r, sr, zr) rd = DequantizeLinear(rq, sr, zr)
+      w2d = DequantizeLinear<axis=1>(w2_quantized, s2, z2) y = MatMul(rd, w2d) }"""
+    scale, s2 = np.float32(np.abs(W1).max() / 127), np.abs(W2).max(0) / 127
+    values = {"w1q": np.rint(W1 / scale).astype(np.int8), "s1": scale, "z1": np.int8(0), "s2": s2}
+    values |= {"z2": np.zeros(4, np.int8), "w2_quantized": np.rint(W2 / s2).astype(np.int8)}
+    mixed = from_text(text, **values, sr=np.float32(4 / 255), zr=np.uint8(0))
+    found = {layer.value: layer for layer in analyze(models()[0], mixed, FEEDS).layers}
+    assert found["h"].weights_sqnr is None and found["y"].weights_sqnr is not None
+
+
 def test_print_json_and_plot(tmp_path: Path) -> None:
     found = lathe.analyze(*models(), FEEDS)
     console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w"))
@@ -152,3 +171,32 @@ def test_exact_layers_are_said_to_be_exact() -> None:
     found = analyze(from_text(FLOAT, w1=whole, w2=W2), quantized, feeds)
     layer = next(layer for layer in found.layers if layer.value == "h")
     assert math.isinf(layer.local_sqnr) and layer.local_cosine == 1.0
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    exact, quantized = models(s1=np.abs(W1).max(0) / 40)
+    paths = [save(exact, tmp_path / "float.onnx"), save(quantized, tmp_path / "int8.onnx")]
+    np.savez(tmp_path / "x.npz", **FEEDS[0])
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["onnxlathe", "analyze", *map(str, args)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    report = tmp_path / "a.json"
+    code, text, _ = run(*paths, "--samples", tmp_path / "x.npz", "--json", report, "--rows", 1)
+    assert code == 0 and "error of the outputs" in text and "1 more layers" in text
+    assert json.loads(report.read_text())["layers"][0]["value"] == "h"
+    code, text, _ = run(*paths)
+    assert code == 0 and "made from the input types" in text.replace("\n", " ")
+    code, _, error = run(paths[1], paths[1])
+    assert code == 2 and "quantized itself" in error
+    code, _, error = run(paths[0], paths[0])
+    assert code == 2 and "is quantized" in error
+    code, _, error = run(*paths, "--json", paths[0])
+    assert code == 2 and "the input itself" in error

@@ -33,7 +33,8 @@ def network() -> tuple[ir.Model, list[dict[str, np.ndarray]], list[dict[str, np.
         weights |= {f"g{number}": gain, f"w{number}": weight, f"b{number}": np.full(32, 0.1, np.float32)}
         declared += [f"float[32] g{number}", f"float[32, 32] w{number}", f"float[32] b{number}"]
         body += f"h{number} = LayerNormalization(x{number}, g{number}) m{number} = MatMul(h{number}, w{number}) "
-        body += f"a{number} = Add(m{number}, b{number}) r{number} = Relu(a{number}) x{number + 1} = Add(x{number}, r{number}) "
+        body += f"a{number} = Add(m{number}, b{number}) r{number} = Relu(a{number}) "
+        body += f"x{number + 1} = Add(x{number}, r{number}) "
     head = f'<ir_version: 10, opset_import: ["" : 21]> net ({", ".join(declared)}) => (float[n, s, 32] y)'
     model = from_text(f"{head} {{ x0 = Tanh({x}) {body} y = Tanh(x{LAYERS}) }}", **weights)
     infer_shapes(model)
@@ -60,7 +61,7 @@ def test_a_loose_budget_needs_no_step() -> None:
 def test_smooth_quant_heals_outliers() -> None:
     """The budget lies between what plain int8 and what smoothed int8 loses: all layers stay quantized."""
     plain = healed(Budget("cosine", 1.0))[2]
-    after, outcome, loss = healed(Budget("cosine", plain / 3))
+    _, outcome, loss = healed(Budget("cosine", plain / 3))
     assert loss <= plain / 2 and outcome.counts["MatMul on integers"] == LAYERS
     assert any("SmoothQuant" in note and "not kept" not in note for note in outcome.notes)
     assert "within the budget" in " ".join(outcome.notes)
