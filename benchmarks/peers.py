@@ -28,6 +28,7 @@ VENVS = {
         "psutil",
     ],
     "openvino": ["openvino", "numpy", "psutil"],
+    "nncf": ["nncf", "openvino", "onnx", "numpy"],
 }
 
 
@@ -49,7 +50,7 @@ def versions(name: str) -> dict[str, str]:
     """Versions of everything installed in an environment that matters to a comparison."""
     code = (
         "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions() "
-        "if any(w in d.name.lower() for w in ('onnx', 'openvino', 'torch', 'numpy', 'transformers'))}))"
+        "if any(w in d.name.lower() for w in ('onnx', 'openvino', 'nncf', 'torch', 'numpy', 'transformers'))}))"
     )
     import json
 

@@ -3,7 +3,7 @@
     PYTHON benchmarks/worker.py KIND MODEL THREADS
 
 Requests are JSON: ``{"load": path of an .npz}`` -> ``{"ok": true}``; ``{"run": count}`` -> ``{"seconds": [...]}``;
-``{"outputs": path}`` writes the first output. KIND: ``ort`` (plain, default options), ``lathe`` (onnxlathe.Session),
+``{"outputs": path}`` writes the first output, with ``"by_row": true`` of each row of the batch by itself. KIND: ``ort`` (plain, default options), ``lathe`` (onnxlathe.Session),
 ``openvino``, ``torch``, ``torch.compile``. Runs in the side's own environment and imports only what the kind needs.
 """
 
@@ -79,6 +79,11 @@ KINDS: dict[str, Callable[[str, int], Callable[[Feeds], Any]]] = {
 }
 
 
+def _rows(feeds: Feeds) -> list[Feeds]:
+    count = len(next(iter(feeds.values())))
+    return [{name: array[row : row + 1] for name, array in feeds.items()} for row in range(count)]
+
+
 def main(kind: str, model: str, threads: int) -> None:
     """Answers requests until stdin closes."""
     run = KINDS[kind](model, threads)
@@ -98,7 +103,8 @@ def main(kind: str, model: str, threads: int) -> None:
                 times.append(time.perf_counter() - start)
             answer = {"seconds": times}
         else:
-            np.save(request["outputs"], np.asarray(run(feeds)))
+            parts = _rows(feeds) if request.get("by_row") else [feeds]
+            np.save(request["outputs"], np.concatenate([np.asarray(run(part)) for part in parts]))
         print(json.dumps(answer), flush=True)
 
 

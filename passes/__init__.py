@@ -10,6 +10,7 @@ from .correct_bias import CorrectBias
 from .equalize_layers import EqualizeLayers
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
+from .fuse_conv import FuseConv
 from .fuse_gelu import FuseGelu
 from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
@@ -32,6 +33,7 @@ PASSES: dict[str, type[Pass]] = {
         EqualizeLayers,
         FoldConstants,
         FuseAttention,
+        FuseConv,
         FuseGelu,
         FuseLinear,
         FuseNormalization,

@@ -34,6 +34,11 @@ PRESETS: dict[str, Preset] = {
     "basic": Preset(
         "Same operators, less of them: dead, duplicate, constant work removed.", (*_CLEAN, "cleanup"), False
     ),
+    "cpu-int8": Preset(
+        "int8 on the CPU provider, calibrated: needs samples.",
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", "quantize-static", "cleanup"),
+        True,
+    ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),
 }
 

@@ -148,10 +148,11 @@ class _Planner:
             return "it is quantized already"
         if any(value is not None and value.graph is not self.graph for value in node.inputs):
             return "an operand belongs to another graph"
+        problem = product_problem(node)
         computed = weight is not None and (not weight.is_initializer() or weight.is_graph_input())
-        if computed and (node.op_type != "MatMul" or not self.options.products):
+        if not problem and computed and (node.op_type != "MatMul" or not self.options.products):
             return "a product of two activations: see products=True"
-        return product_problem(node) or self._constant_problem(node)
+        return problem or self._constant_problem(node)
 
     def _constant_problem(self, node: ir.Node) -> str:
         """What is wrong with the weight or the bias."""

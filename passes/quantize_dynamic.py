@@ -33,11 +33,33 @@ from .matching import next_node, other_operand
 from .quantization_plan import RULE, Filter, selected
 from .quantize_tables import quantize_tables
 
-_STORED = tuple[ir.Value, ir.Value, ir.Value]
+_Stored = tuple[ir.Value, ir.Value, ir.Value]
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeDynamic(Pass):
+    """Quantizes weights now and activations at run time, each with the range it has: no calibration.
+
+    1. ``x W + b``, ``Gemm(x, W, b)`` -> ``MatMulIntegerToFloat(DynamicQuantizeLinear(x), W8, b)``; one
+       DynamicQuantizeLinear serves all products of the same x.
+    2. ``LSTM`` -> ``com.microsoft.DynamicQuantizeLSTM``.
+    3. Float tables that Gather reads: see ``quantize_tables.py``.
+
+    Refused: products of two activations, transposed activations, Gemm with alpha or beta, weights with NaN, GRU and
+    RNN (no integer kernel), Conv (ConvInteger is slower than a float Conv).
+
+    Pays on the CPU provider, a little less than ``quantize-static``, as the range of x is searched in every run. The
+    weights are 7 bits where the CPU has no VNNI. Contract: onnxruntime docs/ContribOperators.md.
+
+    Attributes:
+        weight: type of weights.
+        per_channel: one scale for each column.
+        reduced: 7-bit weights; None: where the CPU needs it.
+        embeddings: also the tables that Gather reads.
+        include: only nodes of these operator types, name globs or callables; empty: all.
+        exclude: none of these.
+    """
+
     name: ClassVar[str] = "quantize-dynamic"
     claims: ClassVar[Claim] = Claim.APPROXIMATE
 
@@ -72,7 +94,7 @@ class _Dynamic:
         reduced = options.reduced if options.reduced is not None else not has_vnni()
         self.spec = QuantSpec(options.weight, symmetric=True, reduced=reduced)
         self.inputs: dict[tuple[ir.Graph, ir.Value], ir.Node] = {}
-        self.weights: dict[tuple[ir.Value, int | None, bool], _STORED] = {}
+        self.weights: dict[tuple[ir.Value, int | None, bool], _Stored] = {}
 
     def quantize(self, node: ir.Node) -> None:
         if not selected(node, self.options.include, self.options.exclude):
@@ -151,7 +173,7 @@ class _Dynamic:
         self.inputs[graph, x] = node
         return node
 
-    def _weight(self, graph: ir.Graph, weight: ir.Value, transposed: bool) -> _STORED:
+    def _weight(self, graph: ir.Graph, weight: ir.Value, transposed: bool) -> _Stored:
         key = (weight, 1 if self.options.per_channel else None, transposed)
         array = constant(weight)
         if key not in self.weights and array is not None:
@@ -159,7 +181,7 @@ class _Dynamic:
             self.weights[key] = self._store(weight, array.T if transposed else array, spec, graph)
         return self.weights[key]
 
-    def _store(self, weight: ir.Value, array: Array, spec: QuantSpec, graph: ir.Graph) -> _STORED:
+    def _store(self, weight: ir.Value, array: Array, spec: QuantSpec, graph: ir.Graph) -> _Stored:
         scale, zero = spec.weight_parameters(array)
         owner = weight.graph if isinstance(weight.graph, ir.Graph) else graph
         return (
@@ -193,7 +215,7 @@ class _Dynamic:
         graph = node.graph
         if not isinstance(graph, ir.Graph):
             return
-        stored: list[_STORED] = []
+        stored: list[_Stored] = []
         for value in node.inputs[1:3]:
             array = constant(value)
             if value is None or array is None:

@@ -238,15 +238,15 @@ class _Inserter:
     def _safe_bias(
         self, node: ir.Node, source: _Quantized, weight: _Quantized, add: ir.Node, bias: ir.Value, array: Array
     ) -> None:
-        result = add.outputs[0]
-        size = rank(result)
+        result, x = add.outputs[0], node.inputs[0]
+        size = rank(x)
         if size == 2:
             stored = self._bias(bias, source, weight, node)
             name = self.names.fresh(f"{node.name}/gemm")
             output = self.names.fresh(f"{result.name}_gemm")
             gemm = make_node("Gemm", [node.inputs[0], node.inputs[1], stored], name=name, output=output, like=result)
             replace(add, [gemm], by=self.by, gone=[node])
-        elif size is not None and array.ndim < size and all(isinstance(dim, int) for dim in dims(result) or []):
+        elif size is not None and array.ndim < size and all(isinstance(dim, int) for dim in dims(x) or []):
             shaped = array.reshape([1] * (size - 1) + [-1])
             wide = add_initializer(self.graph, self.names, f"{bias.name}_row", shaped)
             add.replace_input_with(list(add.inputs).index(bias), wide)

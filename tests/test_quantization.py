@@ -97,7 +97,7 @@ def test_range_methods_on_a_stream_with_outliers() -> None:
 
 def test_histogram_of_growing_values_matches_numpy() -> None:
     seen = Histogram()
-    parts = [np.random.default_rng(n).standard_normal(1000) * 10.0**n for n in range(-3, 3)]
+    parts = [np.random.default_rng(n).standard_normal(1000) * 10.0 ** (n - 3) for n in range(6)]
     for part in parts:
         seen.update(part)
     edges = np.linspace(-seen.reach, seen.reach, seen.counts.size + 1)

@@ -14,9 +14,11 @@ import pytest
 
 import onnxlathe as lathe
 from onnxlathe.compiler.base import PassContext
+from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.passes.quantize_static import QuantizeStatic
 from onnxlathe.runtime.errors import ModelError, PassError
 from onnxlathe.runtime.quantization import QuantSpec
+from onnxlathe.runtime.quantization_support import has_vnni
 from rewriting import from_text, inside_if, ops, rewrite
 
 _RNG = np.random.default_rng(0)
@@ -29,7 +31,9 @@ def constant(*shape: int) -> Any:
 def build(body: str, inputs: str, outputs: str = "float y", opset: int = 21, **arrays: Any) -> ir.Model:
     names = "".join(f", float{list(array.shape)} {name}" for name, array in arrays.items()).replace("[]", "")
     text = f'<ir_version: 10, opset_import: ["" : {opset}]> g ({inputs}{names}) => ({outputs}) {{ {body} }}'
-    return from_text(text, **arrays)
+    model = from_text(text, **arrays)
+    infer_shapes(model)
+    return model
 
 
 def samples(model: ir.Model, count: int = 4, **sizes: int) -> list[dict[str, Any]]:
@@ -67,7 +71,7 @@ def run(model: ir.Model, feeds: dict[str, Any], optimize: bool) -> Any:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     content = ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))[0]
+    return next(iter(session.run(None, feeds)))
 
 
 def values(model: ir.Model) -> dict[str, Any]:
@@ -78,6 +82,8 @@ def values(model: ir.Model) -> dict[str, Any]:
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("form", ["qdq", "operator"])
 def test_product_is_integer_arithmetic(reduced: bool, per_channel: bool, form: Any, tmp_path: Path) -> None:
+    if form == "operator" and not reduced and not has_vnni():
+        pytest.skip("sums of 8-bit products saturate on this CPU, which is why the pass reduces weights here")
     w, b = constant(16, 24), constant(24)
     model = build("m = MatMul(x, w) y = Add(m, b)", "float[b, n, 16] x", w=w, b=b)
     after, outcome, feeds = quantize(model, reduced=reduced, per_channel=per_channel, form=form)
@@ -91,7 +97,7 @@ def test_product_is_integer_arithmetic(reduced: bool, per_channel: bool, form: A
     got = run(after, feeds[0], optimize=False)
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
     assert executed(after, tmp_path)["MatMulIntegerToFloat"] == 1
-    if reduced:  # with 8 bits a CPU without VNNI may saturate: that is why there are 7
+    if reduced or has_vnni():
         assert np.abs(run(after, feeds[0], optimize=True) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
@@ -261,12 +267,12 @@ def test_bodies_of_ifs_are_left_alone() -> None:
 
 def test_no_samples() -> None:
     model = build("y = MatMul(x, w)", "float[n, 16] x", w=constant(16, 8))
-    with pytest.raises(PassError, match="no calibration samples.*quantize-dynamic"):
+    with pytest.raises(PassError, match=r"no calibration samples.*quantize-dynamic"):
         lathe.compile(model, [QuantizeStatic()], progress=False)
 
 
 def test_nan_activations_are_named() -> None:
-    model = build("r = Sqrt(x) y = MatMul(r, w)", "float[n, 16] x", w=constant(16, 8))
+    model = build("r = Log(x) y = MatMul(r, w)", "float[n, 16] x", w=constant(16, 8))
     with pytest.raises(ModelError, match="'r' is NaN"):
         QuantizeStatic()(model, PassContext(feeds=[{"x": -np.ones((2, 16), np.float32)}]))
 
