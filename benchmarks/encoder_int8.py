@@ -29,6 +29,7 @@ CALIBRATION, HELD_OUT = 128, 256
 # name -> (quantizer, environment it runs in, what executes the result, environment of that)
 SIDES = {
     "onnxlathe static": ("onnxlathe static", "ours", "lathe", "ours"),
+    "onnxlathe static, operators": ("onnxlathe static, operators", "ours", "lathe", "ours"),
     "onnxlathe dynamic": ("onnxlathe dynamic", "ours", "lathe", "ours"),
     "ORT dynamic": ("ORT dynamic", "ours", "ort", "ours"),
     "ORT dynamic, per channel, 7 bits": ("ORT dynamic, per channel, 7 bits", "ours", "ort", "ours"),
@@ -98,7 +99,7 @@ def fidelity(reference: list[Any], got: list[Any], feeds: list[dict[str, Any]]) 
 
 def save_all(feeds: list[dict[str, Any]], folder: Path) -> Path:
     """One ``.npz`` a sample."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for number, sample in enumerate(feeds):
         np.savez(folder / f"{number:04}.npz", **sample)
     return folder
@@ -111,6 +112,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.6, help="per turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="names of sides")
+    parser.add_argument("--folder", type=Path, help="keep the models here; those that are there already are used")
+    parser.add_argument("--prepare", action="store_true", help="quantize only, measure nothing (with --folder)")
     options = parser.parse_args()
     import onnxlathe as lathe
     from onnxlathe.models.zoo import build
@@ -118,11 +121,13 @@ def main() -> None:
 
     texts = sentences()
     held = batches(texts[CALIBRATION : CALIBRATION + HELD_OUT], 32)
-    entry = build("minilm")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = options.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
         source = folder / "fp32.onnx"
-        save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes), source)
+        if not source.exists():
+            entry = build("minilm")
+            save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes), source)
         calibration = save_all(batches(texts[:CALIBRATION], 8), folder / "calibration")
         held_files = sorted(save_all(held, folder / "held").glob("*.npz"))
         samples: dict[str, Path] = {}
@@ -138,6 +143,8 @@ def main() -> None:
             side.failure = "" if target.exists() else quantize(tool, source, target, calibration, python)
             sides.append(side)
             print(name, side.failure or "quantized", flush=True)
+        if options.prepare:
+            return
         quality: dict[str, dict[str, float]] = {}
         random = [random_tokens((8, 128))]
         expected = run_once(sides[0], held_files, options.threads)

@@ -40,7 +40,16 @@ def onnxlathe(passes: Callable[[], Any]) -> Callable[[str, str, str], None]:
 def _dynamic() -> Any:
     from onnxlathe.passes.presets import PRESETS
 
-    return ["quantize-dynamic" if name == "quantize-static" else name for name in PRESETS["cpu-int8"].passes]
+    steps = PRESETS["cpu-int8"].passes
+    return ["quantize-dynamic" if step == "quantize-static" else step for step in steps]
+
+
+def _operators() -> Any:
+    from onnxlathe.passes.presets import PRESETS
+    from onnxlathe.passes.quantize_static import QuantizeStatic
+
+    steps = PRESETS["cpu-int8"].passes
+    return [QuantizeStatic(form="operator") if step == "quantize-static" else step for step in steps]
 
 
 def ort_dynamic(source: str, target: str, folder: str) -> None:
@@ -110,6 +119,7 @@ def nncf(transformer: bool) -> Callable[[str, str, str], None]:
 
 TOOLS: dict[str, Callable[[str, str, str], None]] = {
     "onnxlathe static": onnxlathe(lambda: "cpu-int8"),
+    "onnxlathe static, operators": onnxlathe(_operators),
     "onnxlathe dynamic": onnxlathe(_dynamic),
     "ORT dynamic": ort_dynamic,
     "ORT dynamic, per channel, 7 bits": ort_dynamic_best,

@@ -88,6 +88,7 @@ class PassContext:
         seed: seed of anything random.
         progress: called with a short line for work that takes longer than about two seconds.
         costs: measured relative kernel costs of the target, for choosing between equivalent forms.
+        reference: the last graph of this compile in which nothing was quantized; not to be changed.
     """
 
     device: Device = "cpu"
@@ -97,6 +98,7 @@ class PassContext:
     seed: int = 0
     progress: Callable[[str], None] = no_progress
     costs: KernelCosts = dataclasses.field(default_factory=KernelCosts)
+    reference: ir.Model | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from ..compiler.base import Pass
+from .adaround import AdaRound
 from .cleanup import Cleanup
+from .clip_outliers import ClipOutliers
 from .convert_float16 import ConvertFloat16
+from .correct_bias import CorrectBias
+from .equalize_layers import EqualizeLayers
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_conv import FuseConv
@@ -16,14 +20,19 @@ from .fuse_skip_normalization import FuseSkipNormalization
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_static import QuantizeStatic
 from .simplify_shapes import SimplifyShapes
+from .smooth_quant import SmoothQuant
 from .split_skip_normalization import SplitSkipNormalization
 from .upgrade_opset import UpgradeOpset
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
+        AdaRound,
         Cleanup,
+        ClipOutliers,
         ConvertFloat16,
+        CorrectBias,
+        EqualizeLayers,
         FoldConstants,
         FuseAttention,
         FuseConv,
@@ -35,6 +44,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeDynamic,
         QuantizeStatic,
         SimplifyShapes,
+        SmoothQuant,
         SplitSkipNormalization,
         UpgradeOpset,
     )

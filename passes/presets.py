@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ..compiler.base import Pass
 from ..runtime.errors import PassError
 from . import PASSES
+from .smooth_quant import SmoothQuant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +19,19 @@ class Preset:
 
     Attributes:
         description: what it is for.
-        passes: pass names in order.
+        passes: pass names in order, or passes with the options that the preset wants.
         speed_gate: whether each pass is measured on the target and dropped if slower, unless the user says otherwise.
     """
 
     description: str
-    passes: tuple[str, ...]
+    passes: tuple[str | Pass, ...]
     speed_gate: bool
 
 
 _CLEAN = ("cleanup", "simplify-shapes", "fold-constants")
 _FUSE = ("fuse-gelu", "fuse-normalization", "fuse-attention", "fuse-qkv", "fuse-linear", "split-skip-normalization")
+
+_INT8 = (SmoothQuant(multiply="where-it-pays"), "quantize-static")
 
 PRESETS: dict[str, Preset] = {
     "basic": Preset(
@@ -36,7 +39,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cpu-int8": Preset(
         "int8 on the CPU provider, calibrated: needs samples.",
-        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", "quantize-static", "cleanup"),
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", *_INT8, "cleanup"),
         True,
     ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),
@@ -90,7 +93,7 @@ def resolve_passes(passes: str | Sequence[str | Pass]) -> tuple[list[Pass], bool
     if isinstance(passes, str):
         if passes in PRESETS:
             preset = PRESETS[passes]
-            return [make_pass(name) for name in preset.passes], preset.speed_gate
+            return [item if isinstance(item, Pass) else make_pass(item) for item in preset.passes], preset.speed_gate
         return [make_pass(passes)], False
     steps: list[Pass] = []
     for item in passes:

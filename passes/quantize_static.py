@@ -8,15 +8,18 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from ..compiler.base import Claim, Outcome, Pass, PassContext
+from ..compiler.budget import Budget
 from ..compiler.graph import opset
 from ..runtime.calibrate import collect_ranges
 from ..runtime.errors import PassError
 from ..runtime.quantization import QuantSpec, QuantType
 from ..runtime.quantization_support import has_vnni
 from ..runtime.ranges import RangeMethod, TensorRange
+from .heal import heal
 from .quantization_plan import ANCHORS, Filter, PlanOptions, QuantPlan, make_plan
 from .quantize_insert import Form, insert
 from .quantize_tables import quantize_tables
+from .sixteen_bit import widen
 from .upgrade_opset import UpgradeOpset
 
 
@@ -53,8 +56,10 @@ class QuantizeStatic(Pass):
         embeddings: also the tables that Gather reads.
         include: only nodes of these operator types, name globs or callables; empty: all.
         exclude: none of these.
+        sixteen_bit: nodes whose activations get 16 bits, as in ``include``.
         form: ``qdq`` for standard operators, ``operator`` for ``com.microsoft.MatMulIntegerToFloat`` with its bias;
             the same kernels run.
+        quality: how much may be lost; the worst layers are corrected, widened or left float until it holds (``heal``).
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -70,7 +75,9 @@ class QuantizeStatic(Pass):
     embeddings: bool = True
     include: tuple[Filter, ...] = ()
     exclude: tuple[Filter, ...] = ()
+    sixteen_bit: tuple[Filter, ...] = ()
     form: Form = "qdq"
+    quality: Budget | None = None
 
     def __post_init__(self) -> None:
         if not 50.0 < self.percentile <= 100.0:
@@ -83,7 +90,10 @@ class QuantizeStatic(Pass):
             return outcome
         if not self._upgraded(model, context, outcome):
             return outcome
+        if self.quality is not None:
+            return heal(dataclasses.replace(self, quality=None), self.quality, model, context)
         plan = make_plan(model, self.plan_options(context), outcome)
+        widen(model, plan, self.sixteen_bit)
         if plan.nodes:
             outcome.ranges = self.calibrate(model, plan, context)
             for node in model.graph:
@@ -135,7 +145,7 @@ class QuantizeStatic(Pass):
 
     def _upgraded(self, model: ir.Model, context: PassContext, outcome: Outcome) -> bool:
         """Brings the model to the opset that the quantized form needs."""
-        needed = 21 if self.activation in ("int16", "uint16") else 13 if self.per_channel else 10
+        needed = 21 if self.sixteen_bit or self.activation in ("int16", "uint16") else 13 if self.per_channel else 10
         if opset(model) >= needed or not any(node.op_type in ANCHORS for node in model.graph):
             return True
         upgrade = UpgradeOpset(to=max(needed, 13))(model, context)
