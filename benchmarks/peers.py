@@ -28,7 +28,7 @@ VENVS = {
         "psutil",
     ],
     "openvino": ["openvino", "numpy", "psutil"],
-    "nncf": ["nncf", "openvino", "onnx", "numpy"],
+    "nncf": [f"onnxruntime=={onnxruntime.__version__}", "nncf", "openvino", "onnx", "numpy"],
 }
 
 

@@ -81,10 +81,17 @@ def ort_static(source: str, target: str, folder: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         prepared = str(Path(temporary) / "prepared.onnx")
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared, target, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, per_channel=True, reduce_range=True,
-        )  # fmt: skip
+        for per_channel in (True, False):  # 1.31 fails on a Gemm with a bias per channel
+            try:
+                quantize_static(
+                    prepared, target, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8, per_channel=per_channel, reduce_range=True,
+                )  # fmt: skip
+            except ValueError:
+                if not per_channel:
+                    raise
+            else:
+                return
 
 
 def ort_fused(then: Callable[[str, str, str], None]) -> Callable[[str, str, str], None]:

@@ -18,6 +18,7 @@ from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
 from .quantize_dynamic import QuantizeDynamic
+from .quantize_progressive import QuantizeProgressive
 from .quantize_static import QuantizeStatic
 from .simplify_shapes import SimplifyShapes
 from .smooth_quant import SmoothQuant
@@ -42,6 +43,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseQKV,
         FuseSkipNormalization,
         QuantizeDynamic,
+        QuantizeProgressive,
         QuantizeStatic,
         SimplifyShapes,
         SmoothQuant,
