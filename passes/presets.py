@@ -62,7 +62,8 @@ def make_pass(name: str, **options: object) -> Pass:
     hints = get_type_hints(kind)
     for option, value in options.items():
         if not _fits(value, hints[option]):
-            wanted = ", ".join(map(str, get_args(hints[option]))) or hints[option].__name__
+            say = repr if get_origin(hints[option]) is Literal else str
+            wanted = ", ".join(map(say, get_args(hints[option]))) or hints[option].__name__
             raise PassError(f"The option {option} of {name!r} cannot be {value!r}.", f"It takes: {wanted}.")
     try:
         return kind(**options)  # pyright: ignore[reportArgumentType]
