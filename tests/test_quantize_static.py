@@ -15,8 +15,10 @@ import pytest
 import onnxlathe as lathe
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.load import infer_shapes
+from onnxlathe.models.zoo import build as build_zoo
 from onnxlathe.passes.quantize_static import QuantizeStatic
 from onnxlathe.runtime.errors import ModelError, PassError
+from onnxlathe.runtime.feeds import make_feeds
 from onnxlathe.runtime.quantization import QuantSpec
 from onnxlathe.runtime.quantization_support import has_vnni
 from rewriting import from_text, inside_if, ops, rewrite
@@ -291,3 +293,27 @@ def test_second_compile_needs_no_samples(tmp_path: Path) -> None:
     plain.save(tmp_path / "plain.onnx")
     with pytest.raises(ModelError, match="no calibrated ranges"):
         lathe.compile(model, [QuantizeStatic()], calibration=tmp_path / "plain.onnx", progress=False)
+
+
+def test_preset_on_an_encoder(tmp_path: Path) -> None:
+    entry = build_zoo("encoder")
+    model = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes)
+    feeds = make_feeds(model, count=4)
+    out = lathe.compile(model, "cpu-int8", calibration=feeds, speed_gate=False, progress=False)
+    found = executed(out.model, tmp_path)
+    record = next(item for item in out.report.passes if item.name == "quantize-static")
+    assert record.counts["MatMul on integers"] == found["MatMulIntegerToFloat"] and not found["MatMul"]
+    assert record.counts["embedding table as int8"] == 2  # the two types are too few to matter
+    assert out.report.error is not None and out.report.error < 0.1
+
+
+def test_preset_on_a_residual_network(tmp_path: Path) -> None:
+    entry = build_zoo("convnet")
+    model = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes)
+    feeds = make_feeds(model, count=4)
+    out = lathe.compile(model, "cpu-int8", calibration=feeds, speed_gate=False, progress=False)
+    found = executed(out.model, tmp_path)
+    assert found["QLinearConv"] == 21 and found["QLinearAdd"] == 8  # the last one is read by a mean, which is float
+    assert found["Relu"] == found["Add"] == 1
+    assert not set(found) & {"Conv", "FusedConv", "BatchNormalization", "Gemm"}
+    assert out.report.error is not None and out.report.error < 0.1
