@@ -73,9 +73,9 @@ def test_smooth_quant_heals_outliers() -> None:
 
 
 def test_tight_budgets_widen_and_then_leave_float() -> None:
-    after, outcome, loss = healed(Budget("sqnr", 48.0, held_out=0.5))
+    after, outcome, loss = healed(Budget("sqnr", 42.0, held_out=0.5))
     text = "\n".join(outcome.notes)
-    assert loss <= -44.0, text
+    assert loss <= -39.0, text
     assert "16-bit activations" in text and "within the budget" in text
     kinds = {value.dtype for node in after.graph for value in node.outputs}
     assert ir.DataType.UINT16 in kinds or "left float" in text
@@ -165,7 +165,7 @@ def test_bad_budgets_and_missing_samples() -> None:
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the real models are not here ({DATA})")
 def test_a_real_convolutional_network() -> None:
-    """MNIST with one scale per weight tensor: a budget of 40 dB is kept on images nothing has seen, give or take 2 dB."""
+    """MNIST with one scale per weight tensor: a budget of 40 dB is kept on unseen images, give or take 2 dB."""
     with gzip.open(DATA / "mnist" / "t10k-images-idx3-ubyte.gz") as file:
         images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 1, 28, 28)[:40].astype(np.float32) / 255
     path = DATA / "mnist" / "mnist_conv.onnx"
