@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from .graph import is_op, scalar
 from .metrics import Array, Distance
 from .variants import (
     Segment,
+    absorbed,
     cut,
     cut_input,
     injected,
@@ -97,7 +99,8 @@ class Analyzer:
         inputs = {value.name for value in quantized.graph.inputs}
         boundaries = [name for part in parts for name in part.inputs if name not in inputs]
         self._boundaries = list(dict.fromkeys(boundaries))
-        self._ranges = {part.value: _ranges(part) for part in parts}
+        have = {value.name for node in quantized.graph for value in node.outputs}
+        self._ranges = {part.value: _ranges(part, reference, have) for part in parts}
         inner = [item.name for ranges in self._ranges.values() for item in ranges if item.name not in inputs]
         layers, wanted = list(self.layers), [*self._boundaries, *self.layers, *self.outputs]
         self._float = _Runner(expose(reference, _computed(reference, wanted)), wanted, threads)
@@ -106,7 +109,7 @@ class Analyzer:
         pairs = [part for part in parts if part.only_pairs]
         only = [part.value for part in pairs]
         single = cut(reference, quantized, parts)
-        weights, activations = without_activations(quantized), without_weights(quantized, reference)
+        weights, activations = without_activations(quantized, reference), without_weights(quantized, reference)
         self._local = _Runner(single, layers, threads)
         self._local_weights = _Runner(cut(reference, weights, _same(reference, weights, only)), only, threads)
         self._local_activations = _Runner(
@@ -246,7 +249,7 @@ def _computed(model: ir.Model, names: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in inputs]
 
 
-def _ranges(part: Segment) -> list[_Range]:
+def _ranges(part: Segment, reference: ir.Model, have: Collection[str | None]) -> list[_Range]:
     """Ranges of the activations that are quantized inside a segment."""
     found: list[_Range] = []
     for node in part.nodes:
@@ -256,8 +259,11 @@ def _ranges(part: Segment) -> list[_Range]:
         kind = node.inputs[2].dtype if node.inputs[2] is not None else None
         if x.is_initializer() or scale is None or zero is None or kind is None or kind not in _RANGES:
             continue
-        low, high = _RANGES[kind]
-        found.append(_Range(x.name or "", (low - zero - 0.5) * scale, (high - zero + 0.5) * scale))
+        low, high = ((end - zero) * scale for end in _RANGES[kind])
+        limits = absorbed(x.name, reference, have)
+        if limits is not None:  # what lies below is cut off on purpose, and with an upper bound what lies above too
+            low, high = -math.inf, high if is_op(limits, "Relu") else math.inf
+        found.append(_Range(x.name or "", low - scale / 2, high + scale / 2))
     return found
 
 

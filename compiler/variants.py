@@ -6,11 +6,11 @@ Two graphs are compared by the names of their values: a layer's output keeps its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from .graph import Names, is_op, make_node, producer, remove_dead
+from .graph import Names, add_initializer, constant, is_op, make_node, producer, remove_dead
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -98,17 +98,41 @@ def cut_input(name: str) -> str:
     return f"{name}@float"
 
 
-def without_activations(model: ir.Model) -> ir.Model:
-    """A copy in which only weights are quantized: Q/DQ pairs around values computed at run time are bypassed."""
+def absorbed(name: str | None, reference: ir.Model, have: Collection[str | None]) -> ir.Node | None:
+    """The Relu or Clip of ``reference`` behind the value ``name`` that the quantized graph leaves to saturation.
+
+    Args:
+        name: a value that is quantized.
+        reference: the float graph.
+        have: names of the values of the quantized graph.
+    """
+    for node in reference.graph:
+        bounds = is_op(node, "Relu", "Clip") and node.inputs[0] is not None and node.inputs[0].name == name
+        if bounds and node.outputs[0].name not in have:
+            return node
+    return None
+
+
+def without_activations(model: ir.Model, reference: ir.Model) -> ir.Model:
+    """A copy in which only weights are quantized: Q/DQ pairs around values computed at run time are bypassed.
+
+    Where the saturation of a pair stands for a Relu or Clip of ``reference``, that comes back.
+    """
     copy = model.clone()
+    have = {value.name for node in copy.graph for value in node.outputs}
+    names = Names(copy)
     for node in list(copy.graph):
         quantize = producer(node.inputs[0], "QuantizeLinear") if is_op(node, "DequantizeLinear") else None
         if quantize is None or quantize.inputs[0] is None or quantize.inputs[0].is_initializer():
             continue
+        source = quantize.inputs[0]
+        limits = absorbed(source.name, reference, have)
+        if limits is not None:
+            source = _again(limits, source, copy.graph, node, names)
         if node.outputs[0].is_graph_output():
-            _as_output(copy, node, quantize.inputs[0])
+            _as_output(copy, node, source)
         else:
-            node.outputs[0].replace_all_uses_with(quantize.inputs[0])
+            node.outputs[0].replace_all_uses_with(source)
     remove_dead(copy)
     return copy
 
@@ -221,6 +245,19 @@ def _dtype(value: ir.Value, other: ir.Value) -> ir.DataType:
 
 def _shape(value: ir.Value) -> ir.Shape | None:
     return value.shape.copy() if value.shape is not None else None
+
+
+def _again(limits: ir.Node, source: ir.Value, graph: ir.Graph, before: ir.Node, names: Names) -> ir.Value:
+    """A node like ``limits``, which belongs to another graph, over ``source``."""
+    bounds: list[ir.Value | None] = []
+    for value in limits.inputs[1:]:
+        array = constant(value)
+        bounds.append(None if array is None else add_initializer(graph, names, f"{limits.name}_bound", array))
+    attributes = {key: item.value for key, item in limits.attributes.items()}
+    name, output = names.fresh(f"{limits.name}/again"), names.fresh(f"{source.name}_limited")
+    node = make_node(limits.op_type, [source, *bounds], name=name, output=output, like=source, attributes=attributes)
+    graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def _as_output(model: ir.Model, dequantize: ir.Node, value: ir.Value) -> None:

@@ -75,7 +75,7 @@ def heal(step: QuantizeStatic, budget: Budget, model: ir.Model, context: PassCon
     2. bias correction;
     3. SmoothQuant and equalization of the float graph, after a check that it computes the same;
     4. AdaRound on the worst quarter of the layers, then on all;
-    5. 16-bit activations for the worst layers, as few of them as it takes;
+    5. 16-bit activations for the worst layers, as few of them as it takes, if that is enough;
     6. the worst layers left float, as few of them as it takes.
 
     Layers are ranked by what each adds to the error of the outputs when it alone is quantized (``analyze``).
@@ -98,6 +98,8 @@ class _Ladder:
         self.exact = verify.run_reference(model, self.samples)
         self.notes: list[str] = []
         self._seen: dict[ir.Model, dict[str, Histogram]] = {}
+        self._chosen: dict[RangeMethod, dict[str, TensorRange]] = {}
+        self._ranked: tuple[ir.Model, list[str]] | None = None
 
     def climb(self, model: ir.Model) -> Outcome:
         """Tries rung after rung; ``model`` becomes the best."""
@@ -160,37 +162,39 @@ class _Ladder:
         return best
 
     def _widen(self, best: _Tried) -> _Tried:
+        """Layers with 16-bit activations run in float, so the rung is only taken if the budget then holds."""
+
         def choose(names: frozenset[str]) -> Choice:
             return dataclasses.replace(best.choice, wide=names)
 
-        return self._as_few(best, "16-bit activations", choose)
+        worst = self._worst(best)
+        tried = self._try("16-bit activations everywhere", choose(frozenset(worst)), best)
+        if tried.loss > self.budget.limit:
+            self.notes[-1] += " (not kept)"
+            return best
+        return self._as_few(best, "16-bit activations", choose, worst, tried)
 
     def _leave_float(self, best: _Tried) -> _Tried:
         def choose(names: frozenset[str]) -> Choice:
             return dataclasses.replace(best.choice, left=names)
 
-        return self._as_few(best, "left float", choose)
+        worst = self._worst(best)
+        everything = _Tried(choose(frozenset(worst)), best.choice.base, Outcome(), 0.0)
+        return self._as_few(best, "left float", choose, worst, everything)
 
-    def _as_few(self, best: _Tried, label: str, choose: Callable[[frozenset[str]], Choice]) -> _Tried:
-        """Applies a choice to the 1, 2, 4 ... worst layers until the budget holds, then to fewer by halving."""
-        start, worst = best, self._worst(best)
-        sizes = [*itertools.takewhile(lambda size: size < len(worst), (2**power for power in range(20))), len(worst)]
-        failed, good = 0, None
-        for size in sizes:
-            tried = self._try(f"{label}: {size} worst layers", choose(frozenset(worst[:size])), start)
-            best = self._better(best, tried)
+    def _as_few(
+        self, start: _Tried, label: str, choose: Callable[[frozenset[str]], Choice], worst: list[str], good: _Tried
+    ) -> _Tried:
+        """The least number of worst layers that ``choose`` must be applied to; ``good`` is all of them."""
+        failed, enough, size = 0, len(worst), 1
+        while enough - failed > 1:
+            size = min(size, (failed + enough) // 2)
+            tried = self._try(f"{label}: the {size} worst layers", choose(frozenset(worst[:size])), start)
             if tried.loss <= self.budget.limit:
-                good = (size, tried)
-                break
-            failed = size
-        while good is not None and good[0] - failed > 1:
-            size = (good[0] + failed) // 2
-            tried = self._try(f"{label}: {size} worst layers", choose(frozenset(worst[:size])), start)
-            if tried.loss <= self.budget.limit:
-                good = (size, tried)
+                enough, good = size, tried
             else:
-                failed = size
-        return good[1] if good is not None else best
+                failed, size = size, 4 * size
+        return good
 
     def _better(self, best: _Tried, tried: _Tried) -> _Tried:
         kept = tried.loss < best.loss
@@ -235,27 +239,29 @@ class _Ladder:
     def _known(self, choice: Choice) -> dict[str, TensorRange]:
         """The ranges of every value a plan may want, from one run over the calibration samples for each float graph."""
         plan = self._plan(choice.base)
-        widen(choice.base, plan, [_Named(choice.wide)])
         if choice.base not in self._seen:
             wanted = {name: Histogram() for name in plan.activations}
             if wanted:
-                observe(
-                    choice.base,
-                    wanted,
-                    self.context.feeds,
-                    threads=self.context.threads,
-                    progress=self.context.progress,
-                )
-            self._seen = {choice.base: wanted}
-        seen = self._seen[choice.base]
-        percentile = self.step.percentile
-        return {name: choose_range(seen[name], choice.method, plan.activations[name], percentile) for name in seen}
+                context = self.context
+                observe(choice.base, wanted, context.feeds, threads=context.threads, progress=context.progress)
+            self._seen, self._chosen = {choice.base: wanted}, {}
+        seen, percentile = self._seen[choice.base], self.step.percentile
+        if choice.method not in self._chosen:
+            self._chosen[choice.method] = {
+                name: choose_range(seen[name], choice.method, plan.activations[name], percentile) for name in seen
+            }
+        widen(choice.base, plan, [_Named(choice.wide)])
+        wide = {name for name, spec in plan.activations.items() if spec.dtype in ("uint16", "int16")}
+        chosen = self._chosen[choice.method]
+        return {name: seen[name].range() if name in wide else chosen[name] for name in seen}
 
     def _plan(self, base: ir.Model) -> QuantPlan:
         return make_plan(base, self.step.plan_options(self.context), Outcome())
 
     def _worst(self, best: _Tried) -> list[str]:
         """Names of the quantized nodes of the float graph, the one that adds most to the error first."""
+        if self._ranked is not None and self._ranked[0] is best.model:
+            return self._ranked[1]
         base = best.choice.base
         planned = self._plan(base).nodes
         found = analyze(
@@ -263,12 +269,13 @@ class _Ladder:
             best.model,
             itertools.islice(self.context.feeds, _ANALYZED),
             threads=self.context.threads,
-            effects=_ANALYZED,
             progress=self.context.progress,
         )
         makers = {value.name: node for node in base.graph for value in node.outputs}
         names = [name for layer in found.layers for name in _planned(makers[layer.value], planned)]
-        return list(dict.fromkeys([*names, *sorted(planned)]))
+        ranking = list(dict.fromkeys([*names, *sorted(planned)]))
+        self._ranked = (best.model, ranking)
+        return ranking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,8 +289,9 @@ class _Named:
 
 
 def _planned(node: ir.Node, planned: set[str]) -> list[str]:
-    """The planned nodes that make the result of ``node``: itself, or those right in front of it."""
+    """The planned nodes that make the result of ``node``: itself, or those right in front; else a Gather of a table."""
     if node.name in planned:
         return [node.name or ""]
     front = [value.producer() for value in node.inputs if value is not None]
-    return [maker.name or "" for maker in front if maker is not None and maker.name in planned]
+    names = [maker.name or "" for maker in front if maker is not None and maker.name in planned]
+    return names or [node.name or ""]

@@ -15,6 +15,7 @@ from rich.console import Console
 import onnxlathe as lathe
 from onnxlathe import cli
 from onnxlathe.compiler.analyze import analyze
+from onnxlathe.compiler.graph import constant
 from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.errors import ModelError
 from rewriting import from_text
@@ -138,6 +139,20 @@ def test_a_mix_of_forms() -> None:
     mixed = from_text(text, **values, sr=np.float32(4 / 255), zr=np.uint8(0))
     found = {layer.value: layer for layer in analyze(models()[0], mixed, FEEDS).layers}
     assert found["h"].weights_sqnr is None and found["y"].weights_sqnr is not None
+
+
+def test_a_relu_that_saturation_stands_for() -> None:
+    """Relu taken over by the range of QuantizeLinear: it comes back where activations are not quantized."""
+    without = QUANTIZED.replace("h = MatMul(xd, w1d) r = Relu(h)", "h = MatMul(xd, w1d)")
+    without = without.replace("rq = QuantizeLinear(r, sr, zr)", "rq = QuantizeLinear(h, sr, zr)")
+    exact, usual = models()
+    values = {name: constant(value) for name, value in usual.graph.initializers.items()}
+    found = analyze(exact, from_text(without, **values), FEEDS)
+    expected = analyze(exact, usual, FEEDS)
+    for got, wanted in zip(found.outputs, expected.outputs, strict=True):
+        assert got.weights_sqnr == pytest.approx(wanted.weights_sqnr, abs=0.01)
+    layers = [{layer.value: layer.saturation for layer in item.layers} for item in (found, expected)]
+    assert layers[0]["y"] == pytest.approx(layers[1]["y"], abs=1e-6)
 
 
 def test_print_json_and_plot(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -17,7 +20,8 @@ from onnxlathe.passes import QuantizeStatic
 from rewriting import from_text
 
 RNG = np.random.default_rng(0)
-LAYERS = 5
+LAYERS = 4
+DATA = next((p / "shared" / "data" for p in Path(__file__).parents if (p / "shared" / "data").is_dir()), Path("shared"))
 
 
 def network() -> tuple[ir.Model, list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
@@ -69,9 +73,9 @@ def test_smooth_quant_heals_outliers() -> None:
 
 
 def test_tight_budgets_widen_and_then_leave_float() -> None:
-    after, outcome, loss = healed(Budget("sqnr", 48.0))
+    after, outcome, loss = healed(Budget("sqnr", 42.0, held_out=0.5))
     text = "\n".join(outcome.notes)
-    assert loss <= -45.0, text
+    assert loss <= -39.0, text
     assert "16-bit activations" in text and "within the budget" in text
     kinds = {value.dtype for node in after.graph for value in node.outputs}
     assert ir.DataType.UINT16 in kinds or "left float" in text
@@ -157,3 +161,22 @@ def test_bad_budgets_and_missing_samples() -> None:
         QuantizeStatic(quality=Budget())(model.clone(), PassContext())
     before = count_ops(model)
     assert count_ops(model) == before
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real models are not here ({DATA})")
+def test_a_real_convolutional_network() -> None:
+    """MNIST with one scale per weight tensor: a budget of 40 dB is kept on unseen images, give or take 2 dB."""
+    with gzip.open(DATA / "mnist" / "t10k-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 1, 28, 28)[:40].astype(np.float32) / 255
+    path = DATA / "mnist" / "mnist_conv.onnx"
+    name = lathe.load(path).graph.inputs[0].name or ""
+    feeds = [{name: image} for image in images]
+    exact = lathe.compile(path, "cpu-fp32", calibration=feeds[:2], speed_gate=False, progress=False).model
+    budget = Budget("sqnr", 40.0)
+    plain, healed_ = (
+        lathe.compile(exact, [step], calibration=feeds[:30], verify=False, progress=False).model
+        for step in (QuantizeStatic(per_channel=False), QuantizeStatic(per_channel=False, quality=budget))
+    )
+    unseen = feeds[30:]
+    losses = [budget.loss(unseen, run_reference(exact, unseen), run_reference(m, unseen)) for m in (plain, healed_)]
+    assert losses[0] > -38.0 and losses[1] < -38.0 and is_quantized(healed_)
