@@ -12,6 +12,7 @@ tokens (padding not counted) and on random ones.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="names of sides")
     parser.add_argument("--folder", type=Path, help="keep the models here; those that are there already are used")
-    parser.add_argument("--prepare", action="store_true", help="quantize only, measure nothing (with --folder)")
+    parser.add_argument("--prepare", action="store_true", help="everything but the speed (with --folder)")
     options = parser.parse_args()
     import onnxlathe as lathe
     from onnxlathe.models.zoo import build
@@ -143,18 +144,9 @@ def main() -> None:
             side.failure = "" if target.exists() else quantize(tool, source, target, calibration, python)
             sides.append(side)
             print(name, side.failure or "quantized", flush=True)
+        quality = _quality(sides, held, held_files, samples["(8,128)"], folder, options.threads)
         if options.prepare:
             return
-        quality: dict[str, dict[str, float]] = {}
-        random = [random_tokens((8, 128))]
-        expected = run_once(sides[0], held_files, options.threads)
-        expected_random = run_once(sides[0], [samples["(8,128)"]], options.threads)
-        for side in sides:
-            if side.failure:
-                continue
-            quality[side.name] = fidelity(expected, run_once(side, held_files, options.threads), held)
-            got = run_once(side, [samples["(8,128)"]], options.threads)
-            quality[side.name]["error, random tokens"] = fidelity(expected_random, got, random)["error"]
         results = compare(
             sides, samples, threads=options.threads, rounds=options.rounds, seconds=options.seconds, reference={}
         )
@@ -165,6 +157,28 @@ def main() -> None:
     }
     installed = {name for name in ("nncf",) if python_of(name).exists()}
     print("wrote", write_result("encoder_int8", options.threads, {"sides": notes}, {"ours", *installed}))
+
+
+def _quality(
+    sides: list[Side], held: list[dict[str, Any]], files: list[Path], random: Path, folder: Path, threads: int
+) -> dict[str, dict[str, float]]:
+    """Fidelity of each side; kept in ``folder``, so that it does not lengthen a measurement."""
+    kept = folder / "fidelity.json"
+    quality: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
+    missing = [side for side in sides if not side.failure and side.name not in quality]
+    if not missing:
+        return quality
+    expected, expected_random = run_once(sides[0], files, threads), run_once(sides[0], [random], threads)
+    for side in missing:
+        try:
+            quality[side.name] = fidelity(expected, run_once(side, files, threads), held)
+            got = run_once(side, [random], threads)
+        except RuntimeError as error:
+            side.failure = str(error)
+            continue
+        quality[side.name]["error, random tokens"] = fidelity(expected_random, got, [random_tokens((8, 128))])["error"]
+    kept.write_text(json.dumps(quality, indent=1))
+    return quality
 
 
 def _show(sides: list[Side], results: Any, quality: Any, threads: int) -> None:

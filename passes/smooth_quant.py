@@ -14,6 +14,7 @@ from ..compiler.graph import PASS_KEY, Array, Names, add_initializer, all_nodes,
 from ..runtime.calibrate import observe
 from ..runtime.errors import PassError
 from ..runtime.quantization import QuantSpec
+from ..runtime.quantization_support import has_vnni
 from .channel_scale import CannotFold, Place, divide, find_places, set_input
 from .linear_layers import LinearLayer, float_weight, linear_layer
 
@@ -74,7 +75,7 @@ class SmoothQuant(Pass):
        LeakyRelu, biases), or the linear factor of a gated product, ``silu(g) * u``: the columns of u's projection.
     3. Where it cannot, ``multiply="where-it-pays"`` puts one Mul in front of the layers, if the error falls by a fifth.
 
-    The error is that of the layers' outputs with 8-bit weights and activations, on up to 256 rows of the calibration
+    The error is that of the layers' outputs with 8-bit activations and weights (7-bit ones without VNNI), on up to 256 rows of the calibration
     samples. Only what lowers it is done. Refused: x that others read too (the residual behind a post-normalization),
     weights in half precision or with other readers, layers in subgraphs (their inputs cannot be observed).
 
@@ -175,7 +176,7 @@ class SmoothQuant(Pass):
         activation = QuantSpec("uint8")
         parameters = activation.parameters((seen.low / s).min(), (seen.high / s).max())
         rounded = activation.round_trip(seen.rows / s, *parameters)
-        spec = QuantSpec("int8", symmetric=True, axis=1 if self.per_channel else None)
+        spec = QuantSpec("int8", symmetric=True, axis=1 if self.per_channel else None, reduced=not has_vnni())
         total = 0.0
         for weight in weights:
             scaled = weight * s[:, None]
