@@ -75,9 +75,10 @@ class SmoothQuant(Pass):
        LeakyRelu, biases), or the linear factor of a gated product, ``silu(g) * u``: the columns of u's projection.
     3. Where it cannot, ``multiply="where-it-pays"`` puts one Mul in front of the layers, if the error falls by a fifth.
 
-    The error is that of the layers' outputs with 8-bit activations and weights (7-bit ones without VNNI), on up to 256 rows of the calibration
-    samples. Only what lowers it is done. Refused: x that others read too (the residual behind a post-normalization),
-    weights in half precision or with other readers, layers in subgraphs (their inputs cannot be observed).
+    The error is that of the layers' outputs with 8-bit activations and weights (7-bit ones without VNNI), on up to 256
+    rows of the calibration samples. Only what lowers it is done. Refused: x that others read too (the
+    residual behind a post-normalization), weights in half precision or with other readers, layers in subgraphs (their
+    inputs cannot be observed).
 
     Pays nothing by itself: it lets int8 quantization behind it lose less, at no cost for rules 1 and 2.
 
