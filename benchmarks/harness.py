@@ -194,6 +194,34 @@ def prepare(tool: str, source: Path, target: Path, python: str, timeout: float =
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def quantize(tool: str, source: Path, target: Path, calibration: Path, python: str, timeout: float = 600) -> str:
+    """Runs ``quantizers.py`` in a fresh process; returns why it did not work, empty if it did."""
+    if not python_of(python).exists():
+        return "not installed: run benchmarks/peers.py"
+    command = [python_of(python), HERE / "quantizers.py", tool, source, target, calibration]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"not done after {timeout:.0f} s"
+    lines = done.stderr.strip().splitlines()
+    return (lines[-1][:160] if lines else f"exit code {done.returncode}") if done.returncode else ""
+
+
+def run_once(side: Side, samples: list[Path], threads: int, by_row: bool = False) -> list[Any]:
+    """The first output of ``side`` on every sample; ``by_row``: row by row of the batch, put together."""
+    worker = Worker(side, threads)
+    outputs: list[Any] = []
+    try:
+        for sample in samples:
+            target = sample.with_suffix(".once.npy")
+            worker.ask(load=str(sample))
+            worker.ask(outputs=str(target), by_row=by_row)
+            outputs.append(np.load(target))
+    finally:
+        worker.close()
+    return outputs
+
+
 def write_result(name: str, threads: int, content: dict[str, Any], pythons: set[str]) -> Path:
     """Writes ``benchmarks/results/NAME.json`` with the environment that made it."""
     RESULTS.mkdir(exist_ok=True)

@@ -39,6 +39,7 @@ VENVS = {
         "transformers",
         "psutil",
     ],
+    "nncf": [f"onnxruntime=={onnxruntime.__version__}", "nncf", "openvino", "onnx", "numpy"],
 }
 
 
@@ -60,7 +61,7 @@ def versions(name: str) -> dict[str, str]:
     """Versions of everything installed in an environment that matters to a comparison."""
     code = (
         "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions() "
-        "if any(w in d.name.lower() for w in ('onnx', 'openvino', 'torch', 'numpy', 'transformers'))}))"
+        "if any(w in d.name.lower() for w in ('onnx', 'openvino', 'nncf', 'torch', 'numpy', 'transformers'))}))"
     )
     import json
 

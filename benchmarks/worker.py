@@ -3,9 +3,9 @@
     PYTHON benchmarks/worker.py KIND MODEL THREADS
 
 Requests are JSON: ``{"load": path of an .npz}`` -> ``{"ok": true}``; ``{"run": count}`` -> ``{"seconds": [...]}``;
-``{"outputs": path}`` writes the first output. A side with a method ``timed(feeds, count)`` times itself. KIND: ``ort``
-(plain, default options), ``lathe`` (onnxlathe.Session), ``openvino``, ``torch``, ``torch.compile``. Runs in the side's
-own environment and imports only what the kind needs.
+``{"outputs": path}`` writes the first output, with ``"by_row": true`` of each row of the batch by itself. A side with a
+method ``timed(feeds, count)`` times itself. KIND: ``ort`` (plain, default options), ``lathe`` (onnxlathe.Session),
+``openvino``, ``torch``, ``torch.compile``. Runs in the side's own environment and imports only what the kind needs.
 """
 
 from __future__ import annotations
@@ -81,6 +81,11 @@ KINDS: dict[str, Callable[[str, int], Callable[[Feeds], Any]]] = {
 }
 
 
+def _rows(feeds: Feeds) -> list[Feeds]:
+    count = len(next(iter(feeds.values())))
+    return [{name: array[row : row + 1] for name, array in feeds.items()} for row in range(count)]
+
+
 def serve(run: Callable[[Feeds], Any]) -> None:
     """Answers requests about ``run`` until stdin closes."""
     feeds: Feeds = {}
@@ -94,7 +99,8 @@ def serve(run: Callable[[Feeds], Any]) -> None:
         elif "run" in request:
             answer = {"seconds": getattr(run, "timed", functools.partial(timed, run))(feeds, request["run"])}
         else:
-            np.save(request["outputs"], np.asarray(run(feeds)))
+            parts = _rows(feeds) if request.get("by_row") else [feeds]
+            np.save(request["outputs"], np.concatenate([np.asarray(run(part)) for part in parts]))
         print(json.dumps(answer), flush=True)
 
 

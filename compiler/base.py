@@ -6,13 +6,14 @@ import abc
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from ..runtime.capabilities import KernelCosts
+from ..runtime.ranges import TensorRange
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
@@ -53,12 +54,14 @@ class Outcome:
         notes: remarks for the report, e.g. which of two equivalent forms was chosen and why.
         refusals: near misses with their reasons.
         ort_config: session options the rewritten graph needs to run as intended (see ``runtime/artifact.py``).
+        ranges: ranges of values by name, as calibrated or taken over; the report keeps them for a second compile.
     """
 
     counts: Counter[str] = dataclasses.field(default_factory=lambda: Counter[str]())
     notes: list[str] = dataclasses.field(default_factory=lambda: list[str]())
     refusals: list[Refusal] = dataclasses.field(default_factory=lambda: list[Refusal]())
     ort_config: dict[str, Any] = dataclasses.field(default_factory=lambda: dict[str, Any]())
+    ranges: dict[str, TensorRange] = dataclasses.field(default_factory=lambda: dict[str, TensorRange]())
 
     @property
     def changed(self) -> bool:
@@ -81,18 +84,22 @@ class PassContext:
     Attributes:
         device: the execution provider the artifact is compiled for.
         threads: intra-op threads of the target; 0 means ONNX Runtime's default.
-        feeds: calibration samples, ``{input name: array}`` each.
+        feeds: calibration samples, ``{input name: array}`` each, which can be read more than once; () for none.
+        ranges: ranges of values by name that an earlier compile found; what is known needs no samples.
         seed: seed of anything random.
         progress: called with a short line for work that takes longer than about two seconds.
         costs: measured relative kernel costs of the target, for choosing between equivalent forms.
+        reference: the last graph of this compile in which nothing was quantized; not to be changed.
     """
 
     device: Device = "cpu"
     threads: int = 0
-    feeds: Sequence[Feeds] = ()
+    feeds: Iterable[Feeds] = ()
+    ranges: Mapping[str, TensorRange] = dataclasses.field(default_factory=lambda: dict[str, TensorRange]())
     seed: int = 0
     progress: Callable[[str], None] = no_progress
     costs: KernelCosts = dataclasses.field(default_factory=KernelCosts)
+    reference: ir.Model | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Names:
 def add_initializer(graph: ir.Graph, names: Names, base: str, array: Array) -> ir.Value:
     """Registers ``array`` as a new initializer of ``graph`` under a fresh name derived from ``base``."""
     name = names.fresh(base)
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray makes [1] of a scalar
     value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -21,6 +21,7 @@ from .base import Claim, Feeds, Outcome, Pass, PassContext
 from .gate import measure_speed
 from .graph import count_ops, weight_bytes
 from .report import PassRecord, Report, Speed
+from .variants import is_quantized
 
 OnError = Literal["raise", "skip"]
 
@@ -110,6 +111,8 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     state = dataclasses.replace(original, model=model.clone())
     for step in passes:
         context.progress(step.name)
+        if not is_quantized(state.model):
+            context = dataclasses.replace(context, reference=state.model)
         record = PassRecord(step.name, options=_options(step))
         report.passes.append(record)
         try:
@@ -162,6 +165,7 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     record.seconds = time.perf_counter() - start
     record.notes += outcome.notes
     record.refusals = outcome.refusals
+    record.ranges = {name: seen.to_list() for name, seen in outcome.ranges.items()}
     if not outcome.changed:
         return dataclasses.replace(state, spare=candidate)
     record.counts = dict(outcome.counts)
@@ -236,7 +240,7 @@ def _size(model: ir.Model) -> int:
 
 
 def _options(step: Pass) -> str:
-    return ", ".join(f"{field.name}={getattr(step, field.name)!r}" for field in dataclasses.fields(step))
+    return ", ".join(f"{field.name}={getattr(step, field.name)!r}" for field in dataclasses.fields(step) if field.repr)
 
 
 __all__ = ["Compiled", "Outcome", "Settings", "run_pipeline"]

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.artifact import write_atomically
+from ..runtime.ranges import TensorRange
 from .base import Refusal
 
 Status = Literal["applied", "unchanged", "dropped", "failed"]
@@ -51,6 +52,7 @@ class PassRecord:
         refusals: near misses.
         error: largest relative error of any output against the step before, None where not measured.
         speed: before/after measurement, None where not measured.
+        ranges: of a calibrating pass: value name -> low, high, smallest and largest seen; see ``known_ranges``.
     """
 
     name: str
@@ -64,6 +66,7 @@ class PassRecord:
     refusals: list[Refusal] = dataclasses.field(default_factory=lambda: list[Refusal]())
     error: float | None = None
     speed: Speed | None = None
+    ranges: dict[str, list[float]] = dataclasses.field(default_factory=lambda: dict[str, list[float]]())
 
 
 @dataclasses.dataclass
@@ -107,6 +110,10 @@ class Report:
         values["speed"] = Speed(**values["speed"]) if values.get("speed") else None
         values["weight_bytes"] = tuple(values.get("weight_bytes", (0, 0)))
         return cls(**values)
+
+    def known_ranges(self) -> dict[str, TensorRange]:
+        """The calibrated ranges of all passes, for a second compile of the same model without samples."""
+        return {name: TensorRange.from_list(seen) for step in self.passes for name, seen in step.ranges.items()}
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as JSON, atomically."""

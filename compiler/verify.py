@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from ..runtime.errors import ModelError, VerifyError
-from ..runtime.inference import open_session, run_session, session_options, weights_outside
+from ..runtime.inference import expose, open_session, run_session, session_options, weights_outside
 from ..runtime.providers import Device
 from .decoder_steps import cache_names, defined_results
 from .graph import subgraphs
@@ -198,7 +198,7 @@ def first_difference(
     step = max(1, len(common) // _MAX_PROBES)
     probes = common[::step]
     names = [name for name, _ in probes]
-    left, right = _expose(before, names), _expose(after, names)
+    left, right = expose(before, names), expose(after, names)
     results = zip(run_reference(left, feeds[:1]), run_reference(right, feeds[:1]), strict=True)
     for old, new in results:
         for name, node in probes:
@@ -206,12 +206,3 @@ def first_difference(
             if error > tolerance:
                 return f"{node.name} ({node.op_type}), value {name}", error
     return None
-
-
-def _expose(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy of ``model`` whose outputs include the values called ``names``."""
-    copy = model.clone()
-    made = {value.name: value for node in copy.graph for value in node.outputs}
-    have = {value.name for value in copy.graph.outputs}
-    copy.graph.outputs.extend(made[name] for name in names if name not in have)
-    return copy

@@ -21,6 +21,9 @@ _EXPORTS = {
     "export": ".compiler.export",
     "export_causal_lm": ".compiler.export_lm",
     "compile": ".api",
+    "analyze": ".analysis",
+    "Analysis": ".compiler.analysis",
+    "Budget": ".compiler.budget",
     "Compiled": ".compiler.pipeline",
     "load": ".runtime.artifact",
     "Session": ".runtime.session",
@@ -45,7 +48,9 @@ __all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES]  # pyright: ignore[reportUns
 
 if TYPE_CHECKING:
     from onnxlathe import compiler, models, passes, runtime
+    from onnxlathe.compiler.analysis import Analysis
     from onnxlathe.compiler.base import Claim, Outcome, Pass, PassContext, Refusal
+    from onnxlathe.compiler.budget import Budget
     from onnxlathe.compiler.export import export
     from onnxlathe.compiler.export_lm import export_causal_lm
     from onnxlathe.compiler.pipeline import Compiled
@@ -62,6 +67,7 @@ if TYPE_CHECKING:
     )
     from onnxlathe.runtime.session import Session
 
+    from .analysis import analyze
     from .api import compile
 
 

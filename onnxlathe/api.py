@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
+import json
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,22 +22,26 @@ from onnxlathe.compiler.base import Pass, PassContext, no_progress
 from onnxlathe.compiler.graph import weight_bytes
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.pipeline import Compiled, OnError, Settings, run_pipeline
+from onnxlathe.compiler.report import Report
 from onnxlathe.compiler.verify import check_model
 from onnxlathe.passes.presets import resolve_passes
+from onnxlathe.runtime.artifact import REPORT_KEY, load
 from onnxlathe.runtime.capabilities import KernelCosts
 from onnxlathe.runtime.environment import environment
 from onnxlathe.runtime.errors import ModelError
-from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
+from onnxlathe.runtime.feeds import FeedSource, Samples, make_feeds
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 from onnxlathe.runtime.providers import Device, resolve_device
+from onnxlathe.runtime.ranges import TensorRange
 
 if TYPE_CHECKING:
     import torch
 
-Samples = Iterable[Mapping[str, np.ndarray[Any, Any]]] | str | os.PathLike[str]
+Calibration = FeedSource | Report
 
 # What the gate measures when no samples are given: the extremes of what people run, not the tiny shapes of the check.
 _TIMED_ENCODER = ({"batch": 1, "sequence": 16}, {"batch": 8, "sequence": 128})
+_FIRST = 2  # samples that the checks and the gate look at
 _LARGE = 256_000_000  # bytes of weights; every comparison reads all of them
 _TIMED_DECODER = (
     {"batch": 1, "sequence": 1, "past_sequence": 128},
@@ -49,7 +56,7 @@ def compile(
     args: tuple[Any, ...] | None = None,
     target: str = "cpu",
     threads: int = 0,
-    calibration: Samples | None = None,
+    calibration: Calibration | None = None,
     tolerance: float | None = None,
     speed_gate: bool | None = None,
     verify: bool = True,
@@ -65,7 +72,10 @@ def compile(
         args: example inputs, for a torch module.
         target: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         threads: intra-op threads of the target, 0 for ONNX Runtime's default.
-        calibration: samples for the checks, the gate and calibrating passes; None: made from the input types.
+        calibration: samples for the checks, the gate and calibrating passes: ``{input name: array}`` items, an ``.npz``
+            file or a folder of them, or a callable that returns an iterator; they are read one at a time. Or the report
+            (``.json``) or artifact (``.onnx``) of an earlier compile, whose calibrated ranges then need no samples.
+            None: made from the input types, for the checks and the gate only.
         tolerance: largest relative error of passes that claim equivalence; None: each pass's own (1e-5).
         speed_gate: measure each pass on the target and drop what is slower; None: as the preset says.
         verify: compare the numbers after each pass.
@@ -86,13 +96,19 @@ def compile(
         sink("checking the model")
         infer_shapes(graph)
         check_model(graph)
-        samples = _samples(graph, calibration, seed)
+        ranges = _known_ranges(calibration)
+        given = None if isinstance(calibration, Report) or ranges is not None else calibration
+        feeds = Samples(given, graph.graph.inputs) if given is not None else None
+        samples = list(itertools.islice(feeds, _FIRST)) if feeds is not None else make_feeds(graph, seed)
+        if not samples:
+            raise ModelError("No samples were given.", "Give at least one, or leave calibration out.")
         gate = preset_gate if speed_gate is None else speed_gate
-        timed = (samples[:2] if calibration is not None else _timed(graph, seed, device)) if gate else []
+        timed = (samples if feeds is not None else _timed(graph, seed, device)) if gate else []
         context = PassContext(
             device=device,
             threads=threads,
-            feeds=samples if calibration is not None else (),
+            feeds=feeds if feeds is not None else (),
+            ranges=ranges or {},
             seed=seed,
             progress=sink,
             costs=KernelCosts.of_machine(device, threads, progress=sink),
@@ -123,15 +139,23 @@ def _to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
     )
 
 
-def _samples(graph: ir.Model, calibration: Samples | None, seed: int) -> list[dict[str, np.ndarray[Any, Any]]]:
-    if calibration is None:
-        return make_feeds(graph, seed)
-    samples = load_feeds(calibration)
-    if not samples:
-        raise ModelError("No samples were given.", "Give at least one, or leave calibration out.")
-    for number, sample in enumerate(samples):
-        check_feeds(graph.graph.inputs, sample, f"sample {number}")
-    return samples
+def _known_ranges(calibration: Any) -> dict[str, TensorRange] | None:
+    """The ranges in a report or an artifact; None where ``calibration`` is neither."""
+    if isinstance(calibration, Report):
+        return calibration.known_ranges()
+    path = Path(calibration) if isinstance(calibration, (str, os.PathLike)) else Path()
+    if path.suffix not in (".onnx", ".json"):
+        return None
+    try:
+        text = path.read_text() if path.suffix == ".json" else load(path).metadata_props.get(REPORT_KEY, "{}")
+        ranges = Report.from_dict(json.loads(text)).known_ranges()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} holds no report of onnxlathe ({error}).", "Write it with --json.") from error
+    if not ranges:
+        raise ModelError(
+            f"The report in {path} has no calibrated ranges.", "Give the one of a compile with quantize-static."
+        )
+    return ranges
 
 
 def _compared(graph: ir.Model, samples: list[dict[str, np.ndarray[Any, Any]]]) -> list[dict[str, np.ndarray[Any, Any]]]:
@@ -139,7 +163,7 @@ def _compared(graph: ir.Model, samples: list[dict[str, np.ndarray[Any, Any]]]) -
 
     Of the made samples that is the one with two rows, padding and a filled cache.
     """
-    return samples[1:2] or samples[:1] if weight_bytes(graph) > _LARGE else samples[:2]
+    return samples[1:2] or samples[:1] if weight_bytes(graph) > _LARGE else samples
 
 
 def _timed(graph: ir.Model, seed: int, device: Device) -> list[dict[str, np.ndarray[Any, Any]]]:

@@ -200,6 +200,26 @@ def diff(before: Model, after: Model, samples: Samples = None) -> None:
 
 
 @app.command()
+def analyze(
+    float_model: Annotated[Path, typer.Argument(help="the .onnx file that was quantized", show_default=False)],
+    quantized_model: Annotated[Path, typer.Argument(help="the quantized .onnx file", show_default=False)],
+    samples: Samples = None,
+    json: Annotated[Path | None, typer.Option(help="also write the figures as JSON")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw them into this .svg file")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="how many layers to print")] = 20,
+    threads: Threads = 0,
+) -> None:
+    """Says which layers the error of a quantized model comes from.
+
+    Example: onnxlathe analyze float.onnx int8.onnx --samples x.npz --plot layers.svg
+    """
+    from .analysis import print_analysis
+
+    with _status("onnxlathe: analyze") as status:
+        print_analysis(float_model, quantized_model, samples, json, plot, rows, threads, status.update)
+
+
+@app.command()
 def view(
     model: Model,
     before: Annotated[Path | None, typer.Option(help="also open this model, on the next port")] = None,

@@ -125,7 +125,8 @@ def print_passes() -> None:
     presets.add_column("what")
     for name, preset in PRESETS.items():
         gate = "with" if preset.speed_gate else "without"
-        presets.add_row(name, f"{preset.description} {gate.capitalize()} speed gate.\n{', '.join(preset.passes)}")
+        steps = [step if isinstance(step, str) else step.name for step in preset.passes]
+        presets.add_row(name, f"{preset.description} {gate.capitalize()} speed gate.\n{', '.join(steps)}")
     console.print(presets)
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from ..compiler.base import Pass
+from .adaround import AdaRound
 from .cleanup import Cleanup
+from .clip_outliers import ClipOutliers
+from .convert_float16 import ConvertFloat16
+from .correct_bias import CorrectBias
+from .equalize_layers import EqualizeLayers
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_gate_up import FuseGateUp
+from .fuse_conv import FuseConv
 from .fuse_gelu import FuseGelu
 from .fuse_group_query_attention import FuseGroupQueryAttention
 from .fuse_linear import FuseLinear
@@ -16,17 +22,27 @@ from .fuse_rotary import FuseRotary
 from .fuse_skip_normalization import FuseSkipNormalization
 from .keep_last_logits import KeepLastLogits
 from .pack_qkv import PackQKV
+from .quantize_dynamic import QuantizeDynamic
+from .quantize_progressive import QuantizeProgressive
+from .quantize_static import QuantizeStatic
 from .simplify_shapes import SimplifyShapes
+from .smooth_quant import SmoothQuant
 from .split_skip_normalization import SplitSkipNormalization
 from .upgrade_opset import UpgradeOpset
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
+        AdaRound,
         Cleanup,
+        ClipOutliers,
+        ConvertFloat16,
+        CorrectBias,
+        EqualizeLayers,
         FoldConstants,
         FuseAttention,
         FuseGateUp,
+        FuseConv,
         FuseGelu,
         FuseGroupQueryAttention,
         FuseLinear,
@@ -36,7 +52,11 @@ PASSES: dict[str, type[Pass]] = {
         FuseSkipNormalization,
         KeepLastLogits,
         PackQKV,
+        QuantizeDynamic,
+        QuantizeProgressive,
+        QuantizeStatic,
         SimplifyShapes,
+        SmoothQuant,
         SplitSkipNormalization,
         UpgradeOpset,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..compiler.base import Pass
 from ..runtime.errors import PassError
 from . import PASSES
+from .smooth_quant import SmoothQuant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +19,12 @@ class Preset:
 
     Attributes:
         description: what it is for.
-        passes: pass names in order.
+        passes: pass names in order, or passes with the options that the preset wants.
         speed_gate: whether each pass is measured on the target and dropped if slower, unless the user says otherwise.
     """
 
     description: str
-    passes: tuple[str, ...]
+    passes: tuple[str | Pass, ...]
     speed_gate: bool
 
 
@@ -40,9 +42,16 @@ _FUSE = (
     "split-skip-normalization",
 )
 
+_INT8 = (SmoothQuant(multiply="where-it-pays"), "quantize-static")
+
 PRESETS: dict[str, Preset] = {
     "basic": Preset(
         "Same operators, less of them: dead, duplicate, constant work removed.", (*_CLEAN, "cleanup"), False
+    ),
+    "cpu-int8": Preset(
+        "int8 on the CPU provider, calibrated: needs samples.",
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", *_INT8, "cleanup"),
+        True,
     ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),
 }
@@ -64,7 +73,8 @@ def make_pass(name: str, **options: object) -> Pass:
     hints = get_type_hints(kind)
     for option, value in options.items():
         if not _fits(value, hints[option]):
-            wanted = ", ".join(map(repr, get_args(hints[option]))) or hints[option].__name__
+            say = repr if get_origin(hints[option]) is Literal else str
+            wanted = ", ".join(map(say, get_args(hints[option]))) or hints[option].__name__
             raise PassError(f"The option {option} of {name!r} cannot be {value!r}.", f"It takes: {wanted}.")
     try:
         return kind(**options)  # pyright: ignore[reportArgumentType]
@@ -73,9 +83,14 @@ def make_pass(name: str, **options: object) -> Pass:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether ``value`` is of the type ``hint``: a plain class, or a Literal."""
-    if get_origin(hint) is Literal:
+    """Whether ``value`` is of the type ``hint``: a plain class, a Literal, a tuple, or a choice of these."""
+    origin = get_origin(hint)
+    if origin is Literal:
         return value in get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if origin is not None:
+        return isinstance(value, origin)
     if isinstance(value, bool):  # Python counts True as an int
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -90,7 +105,7 @@ def resolve_passes(passes: str | Sequence[str | Pass]) -> tuple[list[Pass], bool
     if isinstance(passes, str):
         if passes in PRESETS:
             preset = PRESETS[passes]
-            return [make_pass(name) for name in preset.passes], preset.speed_gate
+            return [item if isinstance(item, Pass) else make_pass(item) for item in preset.passes], preset.speed_gate
         return [make_pass(passes)], False
     steps: list[Pass] = []
     for item in passes:

@@ -6,7 +6,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,64 @@ _TOTAL = re.compile(r"total|kv_seq|past_sequence_length *\+|past.*\+.*seq", re.I
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
 
 
+FeedSource = (
+    Iterable[Mapping[str, Array]] | Iterable[str | os.PathLike[str]] | str | os.PathLike[str] | Callable[[], Any]
+)
+
+
 def load_feeds(source: Iterable[Mapping[str, Array]] | str | os.PathLike[str]) -> list[Feeds]:
     """Reads samples: an iterable of ``{input name: array}``, an ``.npz`` file, or a folder of them.
 
     Raises:
         ModelError: the path does not exist, or holds no ``.npz`` file.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        return [dict(sample) for sample in source]
-    path = Path(source)
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise ModelError(f"No samples found at {path}.", "Give an .npz file (input name -> array) or a folder of them.")
-    samples: list[Feeds] = []
-    for file in files:
-        if not zipfile.is_zipfile(file):
-            raise ModelError(f"{file} is not an .npz file, or is truncated.", "Write it with numpy.savez.")
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                samples.append({name: archive[name] for name in archive.files})
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ModelError(f"{file} cannot be read: {error}.", "Write it again with numpy.savez.") from error
-    return samples
+    return list(Samples(source))
+
+
+class Samples:
+    """Samples that can be read again and again, one at a time, so that memory does not grow with their number.
+
+    Args:
+        source: ``{input name: array}`` items, paths of ``.npz`` files, one such path, a folder of them, or a callable
+            that returns an iterator of samples (called for each reading). A one-shot iterator is read into memory.
+        inputs: the model's inputs, to check each sample against as it is read; empty: not checked.
+
+    Raises:
+        ModelError: the path does not exist or holds no ``.npz`` file; while reading: a file or a sample is unusable.
+    """
+
+    def __init__(self, source: FeedSource, inputs: Sequence[ir.Value] = ()) -> None:
+        self._inputs = inputs
+        self._source: Any = source
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+            if not files or not all(file.is_file() for file in files):
+                raise ModelError(
+                    f"No samples found at {path}.", "Give an .npz file (input name -> array) or a folder of them."
+                )
+            self._source = files
+        elif not callable(source) and iter(source) is source:
+            self._source = list(source)
+
+    def __iter__(self) -> Iterator[Feeds]:
+        source: Any = self._source
+        items: Any = source() if callable(source) else source
+        for number, item in enumerate(items):
+            sample = _read(Path(item)) if isinstance(item, (str, os.PathLike)) else dict(item)
+            if self._inputs:
+                check_feeds(self._inputs, sample, f"sample {number}")
+            yield sample
+
+
+def _read(file: Path) -> Feeds:
+    if not zipfile.is_zipfile(file):
+        raise ModelError(f"{file} is not an .npz file, or is truncated.", "Write it with numpy.savez.")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", "Write it again with numpy.savez.") from error
 
 
 def check_feeds(inputs: Sequence[ir.Value], feeds: Mapping[str, Array], where: str = "the sample") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,23 @@ def run_session(
             f"ONNX Runtime failed while running the model: {_first_line(error)}",
             "Check the input names, shapes and dtypes against `onnxlathe inspect`.",
         ) from error
+
+
+def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A copy of ``model`` whose outputs include the values of the main graph called ``names``.
+
+    Raises:
+        ModelError: no node of the main graph makes such a value.
+    """
+    copy = model.clone()
+    made = {value.name: value for node in copy.graph for value in node.outputs}
+    have = {value.name for value in copy.graph.outputs}
+    wanted = [name for name in names if name not in have]
+    missing = [name for name in wanted if name not in made]
+    if missing:
+        raise ModelError(f"The graph does not make {', '.join(missing[:5])}.", "Check the names of the values.")
+    copy.graph.outputs.extend(made[name] for name in wanted)
+    return copy
 
 
 @contextlib.contextmanager
