@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import Claim, Gate, Outcome, Pass, PassContext
-from ..compiler.graph import Array, Names, add_initializer, constant, producer
+from ..compiler.graph import Array, Names, add_initializer, constant, producer, remove_dead
 from ..runtime.calibrate import observe
 from ..runtime.errors import PassError
 from .linear_layers import LinearLayer, bias_of, result_of
@@ -141,8 +141,22 @@ class CorrectBias(Pass):
 def _means(model: ir.Model, layers: Sequence[LinearLayer], context: PassContext) -> dict[str, _Mean]:
     """Means of the layers' outputs in ``model``, by name."""
     means = {result_of(layer).name or "": _Mean(layer.channel_axis) for layer in layers}
-    observe(model, means, context.feeds, threads=context.threads, progress=context.progress)
+    front = _front(model, set(means))
+    observe(front, means, context.feeds, threads=context.threads, progress=context.progress)
     return means
+
+
+def _front(model: ir.Model, names: set[str]) -> ir.Model:
+    """The part of ``model`` that makes the values called ``names``, so that no more is run."""
+    front = model.clone()
+    wanted = [value for node in front.graph for value in node.outputs if value.name in names]
+    front.graph.outputs.clear()
+    front.graph.outputs.extend(wanted)
+    remove_dead(front)
+    for name, value in list(front.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            front.graph.initializers.pop(name)
+    return front
 
 
 def _levels(model: ir.Model, layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
