@@ -1,0 +1,193 @@
+"""In which order nodes should run so that the least memory is needed.
+
+Exact dynamic programming over the sets of nodes that may be done (as in Ahn et al., "Serenity", 2020) while they are
+few, a beam of the best of them where they are many. The graph is cut where only one tensor is alive, and the pieces are
+ordered one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..compiler.base import no_progress
+from .lifetimes import Flow, buffers_in_order
+from .offset_search import Progress
+
+_WIDEST, _NARROWEST = 4096, 16
+_EFFORT = 100_000  # states per piece, about; few seconds
+
+
+def order_bound(flow: Flow, order: Sequence[int]) -> int:
+    """Bytes that running the nodes in ``order`` needs at least."""
+    change = [0] * (len(order) + 1)
+    for buffer in buffers_in_order(flow, order):
+        change[buffer.start] += buffer.size
+        change[buffer.end] -= buffer.size
+    total = most = 0
+    for difference in change:
+        total += difference
+        most = max(most, total)
+    return most
+
+
+def best_order(flow: Flow, progress: Progress = no_progress) -> list[int]:
+    """An order of the nodes that needs the least memory that was found, never more than the given one.
+
+    Args:
+        flow: the graph; its nodes are in a valid order.
+        progress: told how far the search is.
+    """
+    given = list(range(len(flow.before)))
+    pieces = _pieces(flow)
+    search = _Search(flow)
+    order: list[int] = []
+    for piece in pieces:
+        if len(pieces) < 2 or len(piece) > 100:
+            progress(f"order: {len(order)} of {len(given)} nodes")
+        order += search.order_piece(piece)
+    return order if order_bound(flow, order) < order_bound(flow, given) else given
+
+
+def _pieces(flow: Flow) -> list[list[int]]:
+    """The nodes in the given order, cut where at most one tensor is alive."""
+    count = len(flow.before)
+    change = [0] * (count + 1)
+    for tensor in flow.tensors:
+        end = count if tensor.kept else max(tensor.consumers, default=tensor.producer)
+        change[tensor.producer] += 1
+        change[end] -= 1
+    pieces: list[list[int]] = [[]]
+    alive = 0
+    for node in range(count):
+        pieces[-1].append(node)
+        alive += change[node]
+        if alive <= 1 and node < count - 1:
+            pieces.append([])
+    return pieces
+
+
+@dataclasses.dataclass
+class _State:
+    """A set of nodes that are done (bits, by position in the piece), and the best way to it known.
+
+    Attributes:
+        done: the set.
+        ready: nodes that could run next.
+        live: bytes alive.
+        peak: the most bytes that were alive on the way.
+        last: the nodes that ran since ``previous``.
+        previous: the state before.
+    """
+
+    done: int
+    ready: frozenset[int]
+    live: int
+    peak: int
+    last: tuple[int, ...]
+    previous: _State | None
+
+
+class _Search:
+    """Orders one piece after the other."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._made = flow.made
+        self._after: list[list[int]] = [[] for _ in flow.before]
+        for node, before in enumerate(flow.before):
+            for other in before:
+                self._after[other].append(node)
+        self._reads: list[list[int]] = [[] for _ in flow.before]
+        for index, tensor in enumerate(flow.tensors):
+            for node in tensor.consumers:
+                self._reads[node].append(index)
+
+    def order_piece(self, piece: list[int]) -> list[int]:
+        """The nodes of ``piece`` in the best order found."""
+        if len(piece) < 3:
+            return piece
+        self._begin(piece)
+        ready = frozenset(node for node in piece if not self._needs[node])
+        width = min(_WIDEST, max(_NARROWEST, _EFFORT // len(piece)))
+        level = [self._settle(_State(0, ready, 0, 0, (), None))]
+        while any(state.ready for state in level):
+            found: dict[int, _State] = {}
+            for state in level:
+                for following in self._expand(state):
+                    known = found.get(following.done)
+                    if known is None or (following.peak, following.live) < (known.peak, known.live):
+                        found[following.done] = following
+            level = sorted(found.values(), key=lambda state: (state.peak, state.live))[:width]
+        order: list[int] = []
+        state: _State | None = level[0]
+        while state is not None:
+            order += reversed(state.last)
+            state = state.previous
+        return order[::-1]
+
+    def _begin(self, piece: list[int]) -> None:
+        inside = set(piece)
+        self._bit = {node: 1 << index for index, node in enumerate(piece)}
+        self._needs = {node: self._mask(self._flow.before[node] & inside) for node in piece}
+        self._readers: dict[int, int] = {}
+        for node in piece:
+            for tensor in (*self._reads[node], *self._made[node]):
+                self._readers[tensor] = self._mask(self._flow.tensors[tensor].consumers & inside)
+        last = piece[-1]
+        self._stays = {t for t in self._readers if self._lives_on(t, last)}
+
+    def _lives_on(self, index: int, last: int) -> bool:
+        tensor = self._flow.tensors[index]
+        return tensor.kept or max(tensor.consumers, default=-1) > last
+
+    def _mask(self, nodes: set[int]) -> int:
+        mask = 0
+        for node in nodes:
+            mask |= self._bit[node]
+        return mask
+
+    def _step(self, state: _State, node: int) -> tuple[int, int]:
+        """Bytes alive while ``node`` runs, and after it."""
+        tensors = self._flow.tensors
+        done = state.done | self._bit[node]
+        added = sum(tensors[index].size for index in self._made[node])
+        freed, over = 0, 0
+        for index in self._reads[node]:
+            if index not in self._stays and not self._readers[index] & ~done:
+                freed += tensors[index].size
+                if index in self._flow.in_place[node]:
+                    over = tensors[index].size
+        for index in self._made[node]:
+            if index not in self._stays and not self._readers[index]:
+                freed += tensors[index].size
+        return state.live + added - over, state.live + added - freed
+
+    def _run(self, state: _State, node: int, during: int, live: int) -> _State:
+        done = state.done | self._bit[node]
+        freed = [n for n in self._after[node] if n in self._bit and not self._needs[n] & ~done]
+        ready = (state.ready - {node}) | frozenset(freed)
+        return _State(done, ready, live, max(state.peak, during), (node,), state)
+
+    def _expand(self, state: _State) -> list[_State]:
+        if not state.ready:
+            return [state]
+        return [self._settle(self._run(state, node, *self._step(state, node))) for node in sorted(state.ready)]
+
+    def _settle(self, state: _State) -> _State:
+        """Runs what costs nothing at once: nodes that leave no more alive than before and do not raise the peak.
+
+        Later they would free no more, so no order is lost.
+        """
+        moved = list(state.last)
+        previous = state.previous
+        found = True
+        while found:
+            found = False
+            for node in sorted(state.ready):
+                during, live = self._step(state, node)
+                if live <= state.live and during <= state.peak:
+                    state = self._run(state, node, during, live)
+                    moved.append(node)
+                    found = True
+        return dataclasses.replace(state, last=tuple(moved), previous=previous)
