@@ -8,6 +8,7 @@ ordered one by one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from ..compiler.base import no_progress
@@ -16,6 +17,7 @@ from .offset_search import Progress
 
 _WIDEST, _NARROWEST = 4096, 16
 _EFFORT = 100_000  # states per piece, about; few seconds
+_LONGEST = 400  # nodes of a piece
 
 
 def order_bound(flow: Flow, order: Sequence[int]) -> int:
@@ -43,27 +45,34 @@ def best_order(flow: Flow, progress: Progress = no_progress) -> list[int]:
     search = _Search(flow)
     order: list[int] = []
     for piece in pieces:
-        if len(pieces) < 2 or len(piece) > 100:
+        if len(piece) > 20:
             progress(f"order: {len(order)} of {len(given)} nodes")
         order += search.order_piece(piece)
     return order if order_bound(flow, order) < order_bound(flow, given) else given
 
 
 def _pieces(flow: Flow) -> list[list[int]]:
-    """The nodes in the given order, cut where at most one tensor is alive."""
+    """The nodes in the given order, cut where at most one tensor is still needed; long pieces where least is alive."""
     count = len(flow.before)
-    change = [0] * (count + 1)
+    tensors, size = [0] * (count + 1), [0] * (count + 1)
     for tensor in flow.tensors:
-        end = count if tensor.kept else max(tensor.consumers, default=tensor.producer)
-        change[tensor.producer] += 1
-        change[end] -= 1
-    pieces: list[list[int]] = [[]]
-    alive = 0
-    for node in range(count):
-        pieces[-1].append(node)
-        alive += change[node]
-        if alive <= 1 and node < count - 1:
-            pieces.append([])
+        end = max(tensor.consumers, default=tensor.producer)
+        tensors[tensor.producer] += 1
+        tensors[end] -= 1
+        size[tensor.producer] += tensor.size
+        size[end] -= tensor.size
+    alive, live = list(itertools.accumulate(tensors)), list(itertools.accumulate(size))
+    cuts = [0, *(node + 1 for node in range(count - 1) if alive[node] <= 1), count]
+    pieces: list[list[int]] = []
+    todo = list(itertools.pairwise(cuts))[::-1]
+    while todo:
+        start, end = todo.pop()
+        if end - start <= _LONGEST:
+            pieces.append(list(range(start, end)))
+            continue
+        quarter = (end - start) // 4
+        middle = min(range(start + quarter, end - quarter), key=lambda node: live[node]) + 1
+        todo += [(middle, end), (start, middle)]
     return pieces
 
 
@@ -110,20 +119,20 @@ class _Search:
         self._begin(piece)
         ready = frozenset(node for node in piece if not self._needs[node])
         width = min(_WIDEST, max(_NARROWEST, _EFFORT // len(piece)))
-        level = [self._settle(_State(0, ready, 0, 0, (), None))]
-        while any(state.ready for state in level):
-            found: dict[int, _State] = {}
-            for state in level:
-                for following in self._expand(state):
-                    known = found.get(following.done)
-                    if known is None or (following.peak, following.live) < (known.peak, known.live):
-                        found[following.done] = following
-            level = sorted(found.values(), key=lambda state: (state.peak, state.live))[:width]
+        levels: list[dict[int, _State]] = [{} for _ in range(len(piece) + 1)]  # by the number of nodes done
+        self._add(levels, self._settle(_State(0, ready, 0, 0, (), None)))
+        for level in levels[:-1]:
+            best = sorted(level.values(), key=lambda state: (state.peak, state.live))
+            level.clear()  # what is not on the way to a later state can go
+            for state in best[:width]:
+                for node in sorted(state.ready):
+                    self._add(levels, self._settle(self._run(state, node, *self._step(state, node))))
+        (state,) = levels[-1].values()
         order: list[int] = []
-        state: _State | None = level[0]
-        while state is not None:
-            order += reversed(state.last)
-            state = state.previous
+        way: _State | None = state
+        while way is not None:
+            order += reversed(way.last)
+            way = way.previous
         return order[::-1]
 
     def _begin(self, piece: list[int]) -> None:
@@ -169,10 +178,12 @@ class _Search:
         ready = (state.ready - {node}) | frozenset(freed)
         return _State(done, ready, live, max(state.peak, during), (node,), state)
 
-    def _expand(self, state: _State) -> list[_State]:
-        if not state.ready:
-            return [state]
-        return [self._settle(self._run(state, node, *self._step(state, node))) for node in sorted(state.ready)]
+    @staticmethod
+    def _add(levels: list[dict[int, _State]], state: _State) -> None:
+        level = levels[state.done.bit_count()]
+        known = level.get(state.done)
+        if known is None or (state.peak, state.live) < (known.peak, known.live):
+            level[state.done] = state
 
     def _settle(self, state: _State) -> _State:
         """Runs what costs nothing at once: nodes that leave no more alive than before and do not raise the peak.
