@@ -40,7 +40,6 @@ class MemoryPlan:
         bindings: sizes of the symbolic dims it holds for.
         order: names of the nodes, as they run.
         buffers: what lies where. Inputs and initializers have memory of their own and are not among them.
-        given_bound: bytes that the order found in the model needs at least.
         method: what found the offsets.
     """
 
@@ -48,7 +47,6 @@ class MemoryPlan:
     bindings: Mapping[str, int]
     order: tuple[str, ...]
     buffers: tuple[PlannedBuffer, ...]
-    given_bound: int
     method: str
 
     @property
@@ -92,7 +90,6 @@ class MemoryPlan:
             "bindings": dict(self.bindings),
             "peak": self.peak,
             "bound": self.bound,
-            "given_bound": self.given_bound,
             "method": self.method,
             "order": list(self.order),
             "buffers": [[list(b.names), b.size, b.start, b.end, b.offset] for b in self.buffers],
@@ -102,9 +99,7 @@ class MemoryPlan:
     def from_dict(data: Mapping[str, Any]) -> MemoryPlan:
         """The plan that ``to_dict`` described."""
         buffers = tuple(PlannedBuffer(tuple(names), *numbers) for names, *numbers in data["buffers"])
-        return MemoryPlan(
-            data["graph"], data["bindings"], tuple(data["order"]), buffers, data["given_bound"], data["method"]
-        )
+        return MemoryPlan(data["graph"], data["bindings"], tuple(data["order"]), buffers, data["method"])
 
 
 def pack_plans(plans: Sequence[MemoryPlan]) -> str:

@@ -11,8 +11,10 @@ from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
+from .plan_memory import PlanMemory
 from .simplify_shapes import SimplifyShapes
 from .split_skip_normalization import SplitSkipNormalization
+from .tile_patches import TilePatches
 from .upgrade_opset import UpgradeOpset
 
 PASSES: dict[str, type[Pass]] = {
@@ -26,8 +28,10 @@ PASSES: dict[str, type[Pass]] = {
         FuseNormalization,
         FuseQKV,
         FuseSkipNormalization,
+        PlanMemory,
         SimplifyShapes,
         SplitSkipNormalization,
+        TilePatches,
         UpgradeOpset,
     )
 }

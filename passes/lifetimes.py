@@ -17,11 +17,41 @@ from .symbolic import SymbolicShapes
 
 ALIGNMENT = 64  # bytes; ORT's CPU allocator aligns to the same
 # Only the shape differs: the output is the input's memory.
-_VIEWS = frozenset("Reshape Squeeze Unsqueeze Flatten Identity".split())
+_VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"])
 # Element by element: the output may overwrite an input of the same size that nobody reads afterwards.
 _IN_PLACE = frozenset(
-    """Abs Add Ceil Clip Cos Div Elu Erf Exp Floor HardSigmoid HardSwish LeakyRelu Log Mul Neg Not Reciprocal Relu
-    Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Tanh ThresholdedRelu""".split()
+    [
+        "Abs",
+        "Add",
+        "Ceil",
+        "Clip",
+        "Cos",
+        "Div",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Floor",
+        "HardSigmoid",
+        "HardSwish",
+        "LeakyRelu",
+        "Log",
+        "Mul",
+        "Neg",
+        "Not",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "ThresholdedRelu",
+    ]
 )
 _OPERATIONS = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__, ast.FloorDiv: int.__floordiv__}
 

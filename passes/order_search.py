@@ -18,6 +18,7 @@ from .offset_search import Progress
 _WIDEST, _NARROWEST = 4096, 16
 _EFFORT = 100_000  # states per piece, about; few seconds
 _LONGEST = 400  # nodes of a piece
+_TRIES = 6  # beams of a piece
 
 
 def order_bound(flow: Flow, order: Sequence[int]) -> int:
@@ -41,14 +42,47 @@ def best_order(flow: Flow, progress: Progress = no_progress) -> list[int]:
         progress: told how far the search is.
     """
     given = list(range(len(flow.before)))
-    pieces = _pieces(flow)
-    search = _Search(flow)
+    starts = [given, *(_depth_first(flow, reverse) for reverse in (False, True))]
+    start = min(starts, key=lambda order: order_bound(flow, order))
+    renumbered = _renumbered(flow, start)
+    search = _Search(renumbered)
     order: list[int] = []
-    for piece in pieces:
+    for piece in _pieces(renumbered):
         if len(piece) > 20:
             progress(f"order: {len(order)} of {len(given)} nodes")
         order += search.order_piece(piece)
-    return order if order_bound(flow, order) < order_bound(flow, given) else given
+    candidates = [given, start, [start[index] for index in order]]
+    return min(candidates, key=lambda candidate: order_bound(flow, candidate))
+
+
+def _depth_first(flow: Flow, reverse: bool) -> list[int]:
+    """Every node as late as its readers allow, branch after branch, as ONNX Runtime's default order."""
+    done: set[int] = set()
+    order: list[int] = []
+    read = {other for before in flow.before for other in before}
+    todo = [node for node in reversed(range(len(flow.before))) if node not in read]
+    while todo:
+        node = todo[-1]
+        waiting = sorted((other for other in flow.before[node] if other not in done), reverse=reverse)
+        if node in done or not waiting:
+            todo.pop()
+            if node not in done:
+                done.add(node)
+                order.append(node)
+            continue
+        todo += waiting
+    return order
+
+
+def _renumbered(flow: Flow, order: Sequence[int]) -> Flow:
+    """``flow`` with its nodes counted in ``order``."""
+    step = {node: index for index, node in enumerate(order)}
+    tensors = [
+        dataclasses.replace(tensor, producer=step[tensor.producer], consumers={step[n] for n in tensor.consumers})
+        for tensor in flow.tensors
+    ]
+    before = [{step[other] for other in flow.before[node]} for node in order]
+    return Flow(before, tensors, [flow.in_place[node] for node in order])
 
 
 def _pieces(flow: Flow) -> list[list[int]]:
@@ -113,27 +147,70 @@ class _Search:
                 self._reads[node].append(index)
 
     def order_piece(self, piece: list[int]) -> list[int]:
-        """The nodes of ``piece`` in the best order found."""
+        """The nodes of ``piece`` in the best order found.
+
+        Each beam only keeps what stays below a ceiling, which is then lowered (or raised again) by halves.
+        """
         if len(piece) < 3:
             return piece
         self._begin(piece)
-        ready = frozenset(node for node in piece if not self._needs[node])
+        best, ceiling = piece, self._peak_of(piece)
+        floor = max(self._least(node) for node in piece)
+        target = ceiling - 1
+        for _ in range(_TRIES):
+            if target < floor:
+                break
+            found, complete = self._beam(piece, target)
+            if found is not None:
+                best, ceiling = found, self._peak_of(found)
+            elif complete:
+                floor = target + 1
+            if complete and found is not None:
+                break  # nothing was left out: it is the best there is
+            target = min(ceiling - 1, (floor + ceiling) // 2) if found is not None else (target + ceiling) // 2
+            if target >= ceiling - 1 and found is None:
+                break
+        return best
+
+    def _beam(self, piece: list[int], target: int) -> tuple[list[int] | None, bool]:
+        """An order that never has more than ``target`` alive, and whether the search was complete."""
         width = min(_WIDEST, max(_NARROWEST, _EFFORT // len(piece)))
+        ready = frozenset(node for node in piece if not self._needs[node])
         levels: list[dict[int, _State]] = [{} for _ in range(len(piece) + 1)]  # by the number of nodes done
         self._add(levels, self._settle(_State(0, ready, 0, 0, (), None)))
+        complete = True
         for level in levels[:-1]:
-            best = sorted(level.values(), key=lambda state: (state.peak, state.live))
+            best = sorted(level.values(), key=lambda state: (state.live, state.peak))
             level.clear()  # what is not on the way to a later state can go
+            complete = complete and len(best) <= width
             for state in best[:width]:
                 for node in sorted(state.ready):
-                    self._add(levels, self._settle(self._run(state, node, *self._step(state, node))))
-        (state,) = levels[-1].values()
+                    during, live = self._step(state, node)
+                    if during <= target:
+                        self._add(levels, self._settle(self._run(state, node, during, live)))
+        if not levels[-1]:
+            return None, complete
+        (way,) = levels[-1].values()
         order: list[int] = []
-        way: _State | None = state
-        while way is not None:
-            order += reversed(way.last)
-            way = way.previous
-        return order[::-1]
+        state: _State | None = way
+        while state is not None:
+            order += reversed(state.last)
+            state = state.previous
+        return order[::-1], complete
+
+    def _peak_of(self, order: list[int]) -> int:
+        state = _State(0, frozenset(order), 0, 0, (), None)
+        for node in order:
+            state = self._run(state, node, *self._step(state, node))
+        return state.peak
+
+    def _least(self, node: int) -> int:
+        """Bytes alive while ``node`` runs, whatever the order, relative to what is alive before the piece."""
+        tensors = self._flow.tensors
+        made = sum(tensors[index].size for index in self._made[node])
+        read = [index for index in self._reads[node] if tensors[index].producer in self._bit]
+        over = max((tensors[index].size for index in read if index in self._flow.in_place[node]), default=0)
+        return sum(tensors[index].size for index in read) + made - over - self._outside
 
     def _begin(self, piece: list[int]) -> None:
         inside = set(piece)
@@ -144,6 +221,8 @@ class _Search:
             for tensor in (*self._reads[node], *self._made[node]):
                 self._readers[tensor] = self._mask(self._flow.tensors[tensor].consumers & inside)
         last = piece[-1]
+        outside = [t for t in self._readers if self._flow.tensors[t].producer not in inside]
+        self._outside = sum(self._flow.tensors[t].size for t in outside)  # freed at most, so alive goes below zero
         self._stays = {t for t in self._readers if self._lives_on(t, last)}
 
     def _lives_on(self, index: int, last: int) -> bool:
