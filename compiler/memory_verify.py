@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
@@ -71,7 +73,7 @@ def _check_places(plan: MemoryPlan, made_at: dict[ir.Value, int], last_read: dic
             )
 
 
-def _is_outside(value: ir.Value, place: dict[str, object]) -> bool:
+def _is_outside(value: ir.Value, place: Mapping[str, object]) -> bool:
     """Whether ``value`` is a view, perhaps of a view, of something that has memory of its own."""
     while True:
         maker = value.producer()

@@ -1,6 +1,6 @@
-"""Networks with branches, whose memory depends on the order their nodes run in: inception-, densenet-, NAS- and U-Net-like.
+"""Networks with branches, whose memory depends on the order of their nodes: inception-, densenet-, NAS-, U-Net-like.
 
-Small enough for tests, seeded; BatchNorm is left out, as it is folded into the convolutions before anything is planned.
+Small enough for tests, seeded; without BatchNorm, which is folded into the convolutions before anything is planned.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class UNet(nn.Module):
             self.edges = nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.ReLU(), nn.Conv2d(4 * width, 1, 1))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [batch, 3, h, w] -> masks [batch, 2, h, w], edges [batch, 1, h, w]; h and w multiples of 2 ** depth."""
+        """float32 [batch, 3, h, w] -> masks [batch, 2, h, w], edges [batch, 1, h, w]; multiples of 2 ** depth."""
         shortcuts: list[Tensor] = []
         x = pixels
         for level, block in enumerate(self.down):

@@ -45,8 +45,8 @@ class TilePatches(Pass):
        before that a kernel reaches back to are kept, not computed again, so there are no more multiplications than
        before. Padding is applied at the borders of the image only; the results are the same.
 
-    Where the front ends and how many strips there are is chosen by the memory plan of the result: the fewest strips that
-    need at most ``peak_bytes``, or those that need the least.
+    Where the front ends and how many strips there are is chosen by the memory plan of the result: the fewest strips
+    that need at most ``peak_bytes``, or those that need the least.
 
     Refused: dynamic rows or columns, opsets below 13, fronts with nothing to gain, budgets that cannot be reached.
 
@@ -189,7 +189,10 @@ class _Window:
     def of(node: ir.Node) -> _Window:
         if node.op_type not in _WINDOW:
             return _Window(1, 1, 0)
-        shape = attribute(node, "kernel_shape") or (dims(node.inputs[1]) or [1, 1, 1, 1])[2:]
+        shape = (
+            attribute(node, "kernel_shape")
+            or [size for size in dims(node.inputs[1]) or [] if isinstance(size, int)][2:]
+        )
         kernel = (shape[0] - 1) * (attribute(node, "dilations") or [1])[0] + 1
         return _Window(kernel, (attribute(node, "strides") or [1])[0], (attribute(node, "pads") or [0])[0])
 
@@ -274,7 +277,10 @@ class _Strips:
 
     def _compute(self, node: ir.Node, start: int, stop: int) -> None:
         window, output = _Window.of(node), node.outputs[0]
-        inputs = [self._rows_of(value, window, start, stop) if _is_image(value) else value for value in node.inputs]
+        inputs = [
+            value if value is None or value.is_initializer() else self._rows_of(value, window, start, stop)
+            for value in node.inputs
+        ]
         attributes: dict[str, Any] = {name: item.value for name, item in node.attributes.items()}
         if node.op_type in _WINDOW:
             rows = _rows(node.inputs[0]) or 0  # type: ignore[arg-type]
@@ -348,7 +354,3 @@ class _Strips:
         node.metadata_props[FROM_KEY] = f"{maker.op_type}:{maker.name}" if maker is not None else like.name or ""
         self.nodes.append(node)
         return node.outputs[0]
-
-
-def _is_image(value: ir.Value | None) -> bool:
-    return value is not None and not value.is_initializer()
