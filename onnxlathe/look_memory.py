@@ -84,7 +84,7 @@ def _print_plan(console: Console, plan: MemoryPlan) -> None:
     for buffer in alive[:_SHOWN]:
         more = f" (and {len(buffer.names) - 1} in its place)" if len(buffer.names) > 1 else ""
         steps = f"{buffer.start}-{buffer.end - 1}"
-        table.add_row(Text(buffer.names[0] + more), format_bytes(buffer.size), steps, str(buffer.offset))
+        table.add_row(Text(next(iter(buffer.names)) + more), format_bytes(buffer.size), steps, str(buffer.offset))
     console.print(table)
     if len(alive) > _SHOWN:
         console.print(f"... and {len(alive) - _SHOWN} smaller ones", highlight=False)

@@ -57,6 +57,7 @@ def plan_offsets(
         ValueError: lifetimes and sizes differ in number, or a lifetime or size is negative.
     """
     start, end, size = _arrays(lifetimes, sizes)
+    size = np.where(end > start, size, 0)  # what is never alive needs no memory
     bound = lower_bound(start, end, size)
     target = max(bound, capacity if capacity is not None else bound)
     best, peak, method = np.zeros_like(size), int(size.sum()) + 1, "nothing to place"
@@ -67,7 +68,7 @@ def plan_offsets(
             best, peak, method = offsets, height, name
         if peak <= target:
             break
-    kept = (size > 0) & (end > start)
+    kept = size > 0
     deadline = time.monotonic() + time_limit
     goal = target
     while goal < peak and time.monotonic() < deadline:

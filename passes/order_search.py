@@ -96,7 +96,8 @@ def _pieces(flow: Flow) -> list[list[int]]:
         size[tensor.producer] += tensor.size
         size[end] -= tensor.size
     alive, live = list(itertools.accumulate(tensors)), list(itertools.accumulate(size))
-    cuts = [0, *(node + 1 for node in range(count - 1) if alive[node] <= 1), count]
+    free = max((node for node, before in enumerate(flow.before) if not before), default=0)  # could run before a cut
+    cuts = [0, *(node + 1 for node in range(free, count - 1) if alive[node] <= 1), count]
     pieces: list[list[int]] = []
     todo = list(itertools.pairwise(cuts))[::-1]
     while todo:
