@@ -103,7 +103,7 @@ _BUILDERS: dict[str, Callable[[], ZooEntry]] = {
     "densenet": functools.partial(_branchy, "DenseNet", 64),
     "nas-cells": functools.partial(_branchy, "NasCells", 64),
     "unet": functools.partial(_branchy, "UNet", 64),
-    "mobilenet": functools.partial(_branchy, "MobileNet", 128),
+    "mobilenet": functools.partial(_branchy, "MobileNet", 224),
     "encoder": _encoder,
     "minilm": _minilm,
     "decoder-tiny": _decoder_tiny,

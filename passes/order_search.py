@@ -86,7 +86,7 @@ def _renumbered(flow: Flow, order: Sequence[int]) -> Flow:
 
 
 def _pieces(flow: Flow) -> list[list[int]]:
-    """The nodes in the given order, cut where at most one tensor is still needed; long pieces where least is alive."""
+    """The nodes in order, cut after what makes the only tensor still needed; long pieces where least is alive."""
     count = len(flow.before)
     tensors, size = [0] * (count + 1), [0] * (count + 1)
     for tensor in flow.tensors:
@@ -97,7 +97,8 @@ def _pieces(flow: Flow) -> list[list[int]]:
         size[end] -= tensor.size
     alive, live = list(itertools.accumulate(tensors)), list(itertools.accumulate(size))
     free = max((node for node, before in enumerate(flow.before) if not before), default=0)  # could run before a cut
-    cuts = [0, *(node + 1 for node in range(free, count - 1) if alive[node] <= 1), count]
+    made = {tensor.producer for tensor in flow.tensors if tensor.consumers}
+    cuts = [0, *(node + 1 for node in range(free, count - 1) if alive[node] == 1 and node in made), count]
     pieces: list[list[int]] = []
     todo = list(itertools.pairwise(cuts))[::-1]
     while todo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,7 +64,7 @@ class TilePatches(Pass):
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        ends = list(_ends(model.graph))
+        ends = _ends(model.graph)
         if not ends:
             return outcome
         anchor = ends[0].producer()
@@ -117,29 +116,29 @@ class TilePatches(Pass):
         return order_bound(flow, range(len(flow.before)))
 
 
-def _ends(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Values up to which all is tileable, and past which nothing reads what lies before them."""
+def _ends(graph: ir.Graph) -> list[ir.Value]:
+    """Values up to which all is tileable, and past which nothing reads what lies before them; each smaller than the
+    one before, as a larger one further back is never a better end.
+    """
     front: set[ir.Node] = set()
-    open_values: set[ir.Value] = set()
-    seen_window, smallest = False, math.inf
+    needed: set[ir.Value] = set()  # made in the front, and read by what is not in it yet
+    ends: list[tuple[int, ir.Value]] = []
     for node in graph:
         if not _tileable(node):
-            if any(value in open_values for value in node.inputs if value is not None):
-                return  # past the first reader that cannot be tiled there is no front
+            if any(value in needed for value in node.inputs if value is not None):
+                break  # past the first reader that cannot be tiled there is no front
             continue
         front.add(node)
-        seen_window |= node.op_type in _WINDOW
         output = node.outputs[0]
-        open_values.add(output)
-        for value in node.inputs:
-            if value in open_values and all(use.node in front for use in value.uses()):
-                open_values.remove(value)
-        if any(value.is_graph_output() for value in open_values):
-            return
+        needed.add(output)
+        needed -= {value for value in node.inputs if value in needed and all(use.node in front for use in value.uses())}
+        if any(value.is_graph_output() for value in needed):
+            break
         size = math.prod(size for size in dims(output) or [] if isinstance(size, int))
-        if seen_window and open_values == {output} and (_rows(output) or 0) > 1 and size < smallest:
-            smallest = size  # a larger one further back is never a better end
-            yield output
+        windows = any(item.op_type in _WINDOW for item in front)
+        if windows and needed == {output} and (_rows(output) or 0) > 1 and (not ends or size <= ends[-1][0]):
+            ends = [item for item in ends if item[0] > size] + [(size, output)]
+    return [value for _, value in ends]
 
 
 def _tileable(node: ir.Node) -> bool:

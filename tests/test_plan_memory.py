@@ -20,16 +20,17 @@ from onnxlathe.runtime.feeds import make_feeds
 from onnxlathe.runtime.memory_stats import can_measure, measure_memory
 from rewriting import from_text, rewrite
 
-# Three branches that widen and narrow again; side by side they need three wide tensors at once.
-WIDE = """w1 = Expand(x, s) w2 = Expand(x, s) w3 = Expand(x, s) v1 = Sigmoid(w1) v2 = Tanh(w2) v3 = Exp(w3)
-    n1 = ReduceMax<keepdims=0>(v1, a) n2 = ReduceMax<keepdims=0>(v2, a) n3 = ReduceMax<keepdims=0>(v3, a)
-    p = Add(n1, n2) y = Add(p, n3)"""
-SIZE = 1 << 20
+# The branch that is wide inside should run first, before the results of others wait beside it. ONNX Runtime's own order
+# takes branches from the last to the first.
+WIDE = """n1 = Sigmoid(x) n2 = Tanh(x) n3 = Exp(x) n4 = Sin(x) w = Expand(x, s) v = Relu(w)
+    n5 = ReduceMax<axes=[0], keepdims=0>(v) n6 = Cos(x) n7 = Neg(x) n8 = Erf(x) n9 = Abs(x)
+    y = Max(n1, n2, n3, n4, n5, n6, n7, n8, n9)"""
+SIZE, TIMES = 1 << 18, 12
+HEAD = f'<ir_version: 10, opset_import: ["" : 17]> g (float[{SIZE}] x, int64[2] s'
 
 
 def wide() -> ir.Model:
-    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[{SIZE}] x, int64[2] s, int64[1] a) => (float[{SIZE}] y) {{ {WIDE} }}'
-    return from_text(text, s=np.array([4, SIZE]), a=np.array([0]))
+    return from_text(f"{HEAD}) => (float[{SIZE}] y) {{ {WIDE} }}", s=np.array([TIMES, SIZE]))
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def test_reorders_and_stores_a_plan() -> None:
     verify_plan(plan, after.graph)
     before = wide()
     infer_shapes(before)
-    assert plan.peak == plan.bound < 0.6 * plan_model(before, [{}])[0].bound
+    assert plan.peak == plan.bound < 0.8 * plan_model(before, [{}])[0].bound
 
 
 @pytest.mark.skipif(not can_measure(), reason="memory is measured on Linux only")
@@ -93,10 +94,13 @@ def test_real_graphs_need_no_more_than_their_bound(name: str) -> None:
 
 
 def test_bodies_are_planned_and_reordered() -> None:
-    text = f'<ir_version: 10, opset_import: ["" : 20]> g (bool k, float[{SIZE}] x, int64[2] s, int64[1] a) => (float[{SIZE}] y)'
-    body = f"y = If(k) <then_branch = t () => (float[{SIZE}] z) {{ {WIDE.replace('y =', 'z =')} }}, "
+    text = f"{HEAD}, bool k) => (float[{SIZE}] y)"
+    numbers = f"value_ints = [{TIMES}, {SIZE}]"  # where shape inference sees them
+    wide_here = f"t = Constant<{numbers}>() w = Expand(x, t)"
+    inner = WIDE.replace("y =", "z =").replace("w = Expand(x, s)", wide_here)
+    body = f"y = If(k) <then_branch = t () => (float[{SIZE}] z) {{ {inner} }}, "
     body += f"else_branch = e () => (float[{SIZE}] o) {{ o = Neg(x) }}>"
-    model = from_text(f"{text} {{ {body} }}", s=np.array([4, SIZE]), a=np.array([0]))
+    model = from_text(f"{text} {{ {body} }}", s=np.array([TIMES, SIZE]))
     after, outcome = rewrite(PlanMemory(measure=False), model, nested=False)
     assert outcome.counts == {"graphs reordered": 1, "plans": 3}
     assert [plan.graph for plan in read_plans(after.metadata_props)] == [name for name, _ in named_graphs(after)]
@@ -105,7 +109,7 @@ def test_bodies_are_planned_and_reordered() -> None:
 def test_a_budget_below_the_bound_says_what_makes_it() -> None:
     model = wide()
     infer_shapes(model)
-    with pytest.raises(PlanError, match=r"at least \d+.*budget is 1000.*w1|w2|w3"):
+    with pytest.raises(PlanError, match=r"at least \d+.*budget is 1000.*w [(]"):
         PlanMemory(peak_bytes=1000, measure=False)(model, PassContext())
 
 

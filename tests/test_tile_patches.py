@@ -37,10 +37,13 @@ def bound(model: ir.Model) -> int:
 TAIL = "m = GlobalAveragePool(e) y = Flatten(m)"
 OUT = "float[1, c] y"
 FRONTS = {
-    "chain": "a = Conv<pads=[1,1,1,1]>(x, w) b = Relu(a) c = Conv<pads=[2,2,2,2], strides=[2,2], group=16>(b, d) e = Conv(c, p) ",
-    "pool": "a = Conv<pads=[1,1,1,1]>(x, w) b = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(a) e = Conv(b, p) ",
+    "chain": """a = Conv<pads=[1,1,1,1]>(x, w) b = Relu(a) c = Conv<pads=[2,2,2,2], strides=[2,2], group=16>(b, d)
+        e = Conv(c, p) """,
+    "pool": """a = Conv<pads=[1,1,1,1]>(x, w) b = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(a)
+        e = Conv(b, p) """,
     "no padding": "a = Conv(x, w) c = Conv<strides=[3,3], group=16>(a, d) e = Conv(c, p) ",
-    "uneven padding": "a = Conv<pads=[0,1,2,1]>(x, w) c = Conv<pads=[3,2,1,2], group=16, strides=[2,1]>(a, d) e = Conv(c, p) ",
+    "uneven padding": """a = Conv<pads=[0,1,2,1]>(x, w) c = Conv<pads=[3,2,1,2], group=16, strides=[2,1]>(a, d)
+        e = Conv(c, p) """,
     "dilation": "a = Conv<pads=[2,2,2,2], dilations=[2,2]>(x, w) b = Relu(a) e = Conv<strides=[2,2]>(b, p) ",
     "shortcut": """a = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w) n = Conv(a, p) q1 = Conv(n, q)
         r = Conv<pads=[2,2,2,2], group=16>(q1, d) s = Conv(r, p) e = Add(n, s) """,
