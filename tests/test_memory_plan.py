@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -14,10 +15,12 @@ from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.memory_plan import PLAN_KEY, MemoryPlan, PlannedBuffer, c_header, pack_plans, read_plans
 from onnxlathe.compiler.memory_verify import verify_plan
 from onnxlathe.compiler.verify import run_reference
+from onnxlathe.look_memory import parse_bindings, print_memory
 from onnxlathe.passes.lifetimes import Flow, Sizes, Tensor, evaluate, flow_of
 from onnxlathe.passes.memory_picture import plan_svg
 from onnxlathe.passes.order_search import best_order, order_bound
 from onnxlathe.passes.plan_memory import plan_model
+from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.errors import PlanError
 from onnxlathe.runtime.feeds import make_feeds
 from rewriting import from_text
@@ -176,3 +179,16 @@ def test_names_that_look_alike_in_c() -> None:
     buffers = (PlannedBuffer(("a.b", "a_b"), 64, 0, 1, 0),)
     header = c_header(MemoryPlan("", {}, ("n",), buffers, ""))
     assert "MODEL_A_B_OFFSET" in header and "MODEL_A_B_2_OFFSET" in header
+
+
+def test_inspect_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = '<ir_version: 10, opset_import: ["" : 20]> g (float[batch, 256] x) => '
+    path = save(build("a = Softmax(x) y = Softmax(a)", "float[batch, 256] y", head), tmp_path / "m.onnx")
+    print_memory(path, parse_bindings("batch=4"), tmp_path / "plan.svg")
+    text = capsys.readouterr().out
+    assert "at batch=4: arena 8.2 kB" in text and "alive at the fullest moment, step 1" in text
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+    with pytest.raises(PlanError, match="batch"):
+        print_memory(path, {}, None)
+    with pytest.raises(PlanError, match="Cannot read the sizes"):
+        parse_bindings("batch=four")

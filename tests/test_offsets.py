@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from onnxlathe.passes.offset_search import search_offsets
 from onnxlathe.passes.offsets import Offsets, plan_offsets
 
-HARD = Path(__file__).parents[2] / "shared" / "data" / "minimalloc"
+_FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
+HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
 Lifetimes = list[tuple[int, int]]
 
 
