@@ -13,6 +13,7 @@ from ..compiler.base import no_progress
 from .offset_search import Progress, search_offsets
 
 Array = np.ndarray[Any, Any]
+_FIRST, _HALVINGS = 0.1, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +70,18 @@ def plan_offsets(
         if peak <= target:
             break
     kept = size > 0
-    deadline = time.monotonic() + time_limit
-    goal = target
-    while goal < peak and time.monotonic() < deadline:
-        until = deadline if capacity is not None else (time.monotonic() + deadline) / 2
-        found = search_offsets(start[kept], end[kept], size[kept], goal, until, progress)
-        if found is None:  # not possible, or not found in time: ask for less
-            goal = (goal + peak + 1) // 2
+    begin = time.monotonic()
+    # A tenth of the time for anything better, so that something is gained where the goal itself is too hard.
+    for goal, share in (*[(None, _FIRST)] * _HALVINGS, (target, 1.0)):
+        goal = (target + peak) // 2 if goal is None else goal
+        until = begin + share * time_limit
+        if peak <= target or time.monotonic() > until:
             continue
-        best = np.zeros_like(size)
-        best[kept] = found
-        peak, method = int((found + size[kept]).max()), "exact search"
-        break
+        found = search_offsets(start[kept], end[kept], size[kept], goal, until, progress)
+        if found is not None:
+            best = np.zeros_like(size)
+            best[kept] = found
+            peak, method = int((found + size[kept]).max()), "exact search"
     return Offsets(tuple(int(offset) for offset in best), peak if len(size) else 0, bound, method)
 
 

@@ -185,7 +185,7 @@ def test_inspect_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     head = '<ir_version: 10, opset_import: ["" : 20]> g (float[batch, 256] x) => '
     path = save(build("a = Softmax(x) y = Softmax(a)", "float[batch, 256] y", head), tmp_path / "m.onnx")
     print_memory(path, parse_bindings("batch=4"), tmp_path / "plan.svg")
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "at batch=4: arena 8.2 kB" in text and "alive at the fullest moment, step 1" in text
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
     with pytest.raises(PlanError, match="batch"):
