@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +69,12 @@ def _convnet() -> ZooEntry:
     return ZooEntry(ConvNet().eval(), (_noise(2, 3, 32, 32),), {"pixels": {0: "batch"}})
 
 
+def _branchy(kind: str, size: int) -> ZooEntry:
+    from . import branchy
+
+    return ZooEntry(getattr(branchy, kind)().eval(), (_noise(1, 3, size, size),), {})
+
+
 def _encoder() -> ZooEntry:
     from .encoder import Encoder, EncoderConfig
 
@@ -101,6 +108,11 @@ def _stories() -> ZooEntry:
 _BUILDERS: dict[str, Callable[[], ZooEntry]] = {
     "mlp-784": _mlp,
     "convnet": _convnet,
+    "inception": functools.partial(_branchy, "Inception", 64),
+    "densenet": functools.partial(_branchy, "DenseNet", 64),
+    "nas-cells": functools.partial(_branchy, "NasCells", 64),
+    "unet": functools.partial(_branchy, "UNet", 64),
+    "mobilenet": functools.partial(_branchy, "MobileNet", 224),
     "encoder": _encoder,
     "minilm": _minilm,
     "decoder-tiny": _decoder_tiny,

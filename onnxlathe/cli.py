@@ -178,11 +178,24 @@ def bench(
 
 
 @app.command()
-def inspect(model: Model) -> None:
-    """Shows inputs, outputs, operators, and a stored report.
+def inspect(
+    model: Model,
+    memory: Annotated[bool, typer.Option("--memory", help="memory of the activations instead")] = False,
+    sizes: Annotated[str, typer.Option(help="with --memory: sizes of symbolic dims, batch=1,sequence=128")] = "",
+    picture: Annotated[Path | None, typer.Option(help="with --memory: write the plan as this .svg")] = None,
+) -> None:
+    """Shows inputs, outputs, operators, and a stored report; or where the memory goes.
 
-    Example: onnxlathe inspect model.onnx
+    Example: onnxlathe inspect model.onnx --memory --sizes batch=1
     """
+    if memory:
+        from .arguments import check_writable
+        from .look_memory import parse_bindings, print_memory
+
+        if picture is not None:
+            check_writable(picture, [model])
+        print_memory(model, parse_bindings(sizes), picture)
+        return
     from .look import print_inspect
 
     print_inspect(model)

@@ -25,9 +25,11 @@ from .pack_qkv import PackQKV
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_progressive import QuantizeProgressive
 from .quantize_static import QuantizeStatic
+from .plan_memory import PlanMemory
 from .simplify_shapes import SimplifyShapes
 from .smooth_quant import SmoothQuant
 from .split_skip_normalization import SplitSkipNormalization
+from .tile_patches import TilePatches
 from .upgrade_opset import UpgradeOpset
 
 PASSES: dict[str, type[Pass]] = {
@@ -55,9 +57,11 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeDynamic,
         QuantizeProgressive,
         QuantizeStatic,
+        PlanMemory,
         SimplifyShapes,
         SmoothQuant,
         SplitSkipNormalization,
+        TilePatches,
         UpgradeOpset,
     )
 }

@@ -40,7 +40,8 @@ def session_options(
         repack: whether kernels may keep their own copies of weights and memory between runs; without, memory-mapped
             weights stay on disk.
         ort_config: what the artifact asks for: ``{"config_entries": {key: value}}`` and/or
-            ``{"graph_optimization_level": "disable|basic|extended|all"}``.
+            ``{"graph_optimization_level": "disable|basic|extended|all"}``, ``{"execution_order": "default|priority"}``
+            (priority: nodes run in the order of the file), ``{"memory_pattern": bool}``, ``{"memory_arena": bool}``.
     """
     config: Mapping[str, Any] = ort_config or {}
     options = ort.SessionOptions()
@@ -53,6 +54,10 @@ def session_options(
         "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }[level]
+    if config.get("execution_order", "default") == "priority":
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_mem_pattern = config.get("memory_pattern", True)
+    options.enable_cpu_mem_arena = config.get("memory_arena", True)
     if not repack:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False  # it grows by doubling, and such a session runs once

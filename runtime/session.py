@@ -21,6 +21,7 @@ from .feeds import check_feeds
 from .generate import OnToken, generate
 from .huge_pages import huge_pages
 from .inference import open_session, run_session, session_options
+from .memory import BufferPool, PoolUse, SharedWeights
 from .prompts import TokenIds
 from .providers import Device, resolve_device
 from .sampling import Sampling
@@ -38,6 +39,7 @@ class Session:
         threads: intra-op threads, 0 for ONNX Runtime's default.
         ort_config: session options; None takes those stored in the artifact.
         profile: write an ONNX Runtime profile, read by ``profile()``.
+        weights: weights that other sessions of the same model use too.
 
     Raises:
         RuntimeUnavailable: the device asked for cannot run here.
@@ -52,6 +54,7 @@ class Session:
         *,
         ort_config: Mapping[str, Any] | None = None,
         profile: bool = False,
+        weights: SharedWeights | None = None,
     ) -> None:
         self.device: Device = resolve_device(device)
         model = source if isinstance(source, ir.Model) else load(source)
@@ -63,6 +66,11 @@ class Session:
         options.enable_profiling = profile
         if profile:
             options.profile_file_prefix = str(Path(os.environ.get("TMPDIR", "/tmp")) / "onnxlathe-profile")
+        self._weights = weights
+        if weights is not None:
+            weights.apply(options)
+        self._pool = BufferPool()
+        self._shapes: dict[tuple[Any, ...], dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         # A file is opened by its path, so that ORT maps external weights itself and plain ORT behaves the same.
         with huge_pages(self.device == "cpu"):
             self._session = open_session(source, options, self.device)
@@ -177,6 +185,39 @@ class Session:
             max_length=max_length,
             prefill_chunk=prefill_chunk,
         )
+
+    def run_pooled(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Like ``run``, with outputs in buffers that are used again as soon as their arrays are gone.
+
+        From the second run with the same input shapes on nothing is allocated for outputs; ``memory()`` shows it.
+        Outputs whose shape depends on the data cannot be bound: such a model runs as with ``run``.
+
+        Raises:
+            ModelError: as ``run``.
+        """
+        self._check(inputs, None)
+        key = tuple((name, inputs[name].shape) for name in sorted(inputs))
+        known = self._shapes.get(key)
+        if known is None:
+            results = run_session(self._session, inputs)
+            self._shapes[key] = {name: (array.shape, array.dtype) for name, array in results.items()}
+            return results
+        if any(dtype.kind not in "fiub" or 0 in shape for shape, dtype in known.values()):
+            return run_session(self._session, inputs)
+        outputs = {name: self._pool.empty(shape, dtype) for name, (shape, dtype) in known.items()}
+        try:
+            self.run_bound(inputs, outputs)
+        except ModelError:  # another shape than the last time: it depends on the data
+            return run_session(self._session, inputs)
+        return outputs
+
+    def memory(self) -> PoolUse:
+        """What the buffers of ``run_pooled`` have done: hits, misses, bytes held, fragmentation, peak."""
+        return self._pool.use
+
+    def shrink(self) -> int:
+        """Frees pooled buffers that nobody uses; returns how many bytes."""
+        return self._pool.shrink()
 
     def benchmark(self, inputs: Mapping[str, Array], seconds: float = 2.0) -> Timing:
         """Median time of a run on this device, and its noise.

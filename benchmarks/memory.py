@@ -1,0 +1,167 @@
+"""Memory plans: hard offset instances, real graphs, what ONNX Runtime really needs, planning time.
+
+    python benchmarks/memory.py [--only offsets|graphs|ort|growth] [--instances FOLDER]
+
+Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size and ORT's own way
+(best fit in order of start). Graphs: bound of the order found / of the given order, arena / bound. ORT: measured peak
+of a run with the plan / without, each in a process of its own. Growth: seconds for chains with branches of 1k to 10k
+nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import write_result
+from rich.console import Console
+from rich.table import Table
+
+import onnxlathe as lathe
+from onnxlathe.compiler.load import infer_shapes
+from onnxlathe.compiler.memory_plan import read_plans
+from onnxlathe.models import zoo
+from onnxlathe.passes.offsets import lower_bound, place_greedily, plan_offsets
+from onnxlathe.passes.plan_memory import PlanMemory, plan_model
+
+CAPACITY = 1_048_576
+_FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
+HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
+BRANCHY = ("inception", "densenet", "nas-cells", "unet")
+OTHERS = ("mobilenet", "convnet")
+
+
+def offsets(folder: Path) -> dict[str, Any]:
+    """Every instance: peak / bound of the baselines and ours, seconds, whether it fits the capacity."""
+    rows: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.csv")):
+        table = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64)
+        start, end, size = table[:, 1], table[:, 2], table[:, 3]
+        bound = lower_bound(start, end, size)
+        index = np.arange(len(size))
+        greedy = place_greedily(start, end, size, np.lexsort([index, start - end, -size]))
+        online = place_greedily(start, end, size, np.lexsort([index, -size, start]))
+        begin = time.monotonic()
+        lifetimes = list(zip(start.tolist(), end.tolist(), strict=True))
+        found = plan_offsets(lifetimes, size.tolist(), CAPACITY, 60)
+        rows[path.stem] = {
+            "buffers": len(size),
+            "greedy by size": float((greedy + size).max() / bound),
+            "best fit as ORT": float((online + size).max() / bound),
+            "ours": found.peak / bound,
+            "fits": found.peak <= CAPACITY,
+            "seconds": time.monotonic() - begin,
+        }
+        print(path.stem, rows[path.stem], flush=True)
+    return rows
+
+
+def graphs() -> dict[str, Any]:
+    """Every graph: order and offsets, and with ``ort`` what ORT needs."""
+    rows: dict[str, Any] = {}
+    for name in (*BRANCHY, *OTHERS):
+        model = _exported(name)
+        begin = time.monotonic()
+        out = lathe.compile(model, [PlanMemory(measure=False)], verify=False, progress=False)
+        (plan,) = read_plans(out.model.metadata_props)
+        given = plan_model(model, [{}])[0]
+        rows[name] = {
+            "nodes": len(plan.order),
+            "bound / given bound": plan.bound / given.bound,
+            "arena / bound": plan.peak / plan.bound,
+            "seconds": time.monotonic() - begin,
+        }
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def measured() -> dict[str, Any]:
+    """Measured peak of ORT with what the pass chose / without, for every graph."""
+    rows: dict[str, Any] = {}
+    for name in (*BRANCHY, *OTHERS):
+        for layout in (True, False):
+            step = PlanMemory(layout=layout)
+            out = lathe.compile(_exported(name), [step], verify=False, progress=False)
+            notes = out.report.passes[0].notes
+            label = name if layout else f"{name}, layout=False"
+            rows[label] = {"chosen": out.ort_config, "notes": notes}
+            print(label, *notes, flush=True)
+    return rows
+
+
+def growth() -> dict[str, Any]:
+    """Seconds to plan graphs of growing size."""
+    import onnx.helper as oh
+    import onnx_ir as ir
+    from onnx import TensorProto
+
+    rows: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    for count in (1_000, 3_000, 10_000):
+        values, nodes = ["x"], []
+        for number in range(count):
+            sources = [values[-1 - int(min(len(values) - 1, rng.geometric(0.4) - 1))] for _ in range(2)]
+            nodes.append(oh.make_node("Add", sources, [f"v{number}"], name=f"n{number}"))
+            values.append(f"v{number}")
+        info = [oh.make_tensor_value_info(name, TensorProto.FLOAT, [64, 64]) for name in ("x", values[-1])]
+        graph = oh.make_graph(nodes, "growth", info[:1], info[1:])
+        model = ir.from_proto(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 20)], ir_version=10))
+        begin = time.monotonic()
+        infer_shapes(model)
+        PlanMemory(measure=False)(model, lathe.PassContext())
+        rows[str(count)] = {"seconds": time.monotonic() - begin}
+        print(count, rows[str(count)], flush=True)
+    return rows
+
+
+def _exported(name: str) -> Any:
+    entry = zoo.build(name)
+    model = lathe.export(entry.module, _larger(entry.args))
+    infer_shapes(model)
+    return model
+
+
+def _larger(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Images of 192 pixels, so that activations are well above the noise of the measurement."""
+    import torch
+
+    return tuple(torch.zeros(1, 3, 192, 192) if argument.ndim == 4 else argument for argument in args)
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """One table a part."""
+    console = Console(width=140)
+    for title, rows in results.items():
+        table = Table(title=title, title_justify="left")
+        columns = list(next(iter(rows.values())))
+        for column in ("", *columns):
+            table.add_column(column, justify="left" if column in ("", "notes", "chosen") else "right")
+        for name, row in rows.items():
+            cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
+            table.add_row(name, *cells)
+        console.print(table)
+        for column in ("greedy by size", "best fit as ORT", "ours"):
+            if column in columns:
+                mean = math.exp(sum(math.log(row[column]) for row in rows.values()) / len(rows))
+                console.print(f"{column}: peak / bound, geometric mean {mean:.3f}")
+
+
+def main() -> None:
+    """Measures, prints, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "growth"))
+    parser.add_argument("--instances", type=Path, default=HARD)
+    arguments = parser.parse_args()
+    parts = {"offsets": lambda: offsets(arguments.instances), "graphs": graphs, "ort": measured, "growth": growth}
+    wanted = [arguments.only] if arguments.only else list(parts)
+    results = {name: parts[name]() for name in wanted}
+    show({name: rows for name, rows in results.items() if rows})
+    write_result("memory" if not arguments.only else f"memory_{arguments.only}", 1, results, set())
+
+
+if __name__ == "__main__":
+    main()
