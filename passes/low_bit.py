@@ -182,7 +182,7 @@ def _choose_levels(
     squared error for outputs that are not logits). Where that is too much, halves of the products are tried, and halves
     of those.
     """
-    samples = _effect_samples(model, context)
+    samples = effect_samples(model, context)
     context.progress("measuring accuracy_level 4")
     by_bits = OutputEffect(original, samples, context.device, context.threads)(model)
     effect = OutputEffect(model, samples, context.device, context.threads)
@@ -240,7 +240,8 @@ def _qdq_level(level: int) -> Mapping[str, object] | dict[str, object]:
     return {"config_entries": {"session.qdq_matmulnbits_accuracy_level": str(level)}}
 
 
-def _effect_samples(model: ir.Model, context: PassContext) -> list[Feeds]:
+def effect_samples(model: ir.Model, context: PassContext) -> list[Feeds]:
+    """The samples on which effects are measured: the first given, else made ones."""
     samples: list[Feeds] = []
     for sample in context.feeds:
         samples.append(sample)
