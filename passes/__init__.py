@@ -6,6 +6,7 @@ from ..compiler.base import Pass
 from .cleanup import Cleanup
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
+from .fuse_gate_up import FuseGateUp
 from .fuse_gelu import FuseGelu
 from .fuse_group_query_attention import FuseGroupQueryAttention
 from .fuse_linear import FuseLinear
@@ -22,6 +23,7 @@ PASSES: dict[str, type[Pass]] = {
         Cleanup,
         FoldConstants,
         FuseAttention,
+        FuseGateUp,
         FuseGelu,
         FuseGroupQueryAttention,
         FuseLinear,

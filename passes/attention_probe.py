@@ -351,7 +351,7 @@ def _matches(table: Table, rotation: Rotation, at: slice) -> bool:
 
 
 def _repeated(before: Array, after: Array, heads: int) -> float | None:
-    """The factor c of ``after = c * before`` with heads repeated group by group, maybe transposed; None if it is not."""
+    """c where ``after`` is c times ``before``, its heads repeated group by group, maybe transposed; else None."""
     if after.shape[1] not in (before.shape[1], heads) or not after.shape[1] or after.shape[1] % before.shape[1]:
         return None
     wide = before.repeat(after.shape[1] // before.shape[1], 1)

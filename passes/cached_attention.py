@@ -14,8 +14,28 @@ from .symbolic import SymbolicShapes, number
 
 # What may lie between a projection and the attention: it moves, rotates and scales numbers, nothing else.
 _LINEAR = frozenset(
-    """Add Cast Concat Div Expand Gather GatherND Identity Mul Neg Reshape RotaryEmbedding ScatterND Slice Split Squeeze
-    Sub Tile Transpose Unsqueeze""".split()
+    [
+        "Add",
+        "Cast",
+        "Concat",
+        "Div",
+        "Expand",
+        "Gather",
+        "GatherND",
+        "Identity",
+        "Mul",
+        "Neg",
+        "Reshape",
+        "RotaryEmbedding",
+        "ScatterND",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    ]
 )
 
 
@@ -46,7 +66,8 @@ class CachedAttention:
         filled: the one mask is a condition that is true where a very low number is written.
         scale: product of the constant factors on the scores.
         softcap: cap of the scores, 0 for none.
-        last: the node whose output is the result, [batch, sequence, heads * head_dim].
+        last: the Reshape whose output is the result, [batch, sequence, heads * head_dim] or the same with the first two
+            axes joined.
         nodes: the nodes of the block, without ``last``.
     """
 
@@ -109,15 +130,20 @@ def _reader(value: ir.Value, shapes: SymbolicShapes) -> tuple[ir.Node, int, ir.V
             node = use.node
             if is_op(node, "MatMul", "Attention"):
                 found.append((node, use.idx, current))
-            elif is_op(node, "Unsqueeze", "Expand", "Reshape", "Transpose", "Identity", "Tile") and use.idx == 0:
-                todo.append(node.outputs[0])
-            elif is_op(node, "Mul", "Div") and constant_factor(node, shapes)[0] is not None:
+            elif _passes_on(node, use.idx, shapes):
                 todo.append(node.outputs[0])
             elif not is_op(node, "Shape", "Size"):
                 raise NotAttention(f"the cache {value.name} is also read by {node.op_type} {node.name}")
     if len(found) != 1:
         raise NotAttention(f"the cache {value.name} is read by {len(found)} attentions, not by one")
     return found[0]
+
+
+def _passes_on(node: ir.Node, index: int, shapes: SymbolicShapes) -> bool:
+    """Whether ``node`` repeats, moves or scales its input ``index``."""
+    if is_op(node, "Mul", "Div"):
+        return constant_factor(node, shapes)[0] is not None
+    return index == 0 and is_op(node, "Unsqueeze", "Expand", "Reshape", "Transpose", "Identity", "Tile", "Cast")
 
 
 def _is_scores(node: ir.Node) -> bool:
@@ -204,7 +230,7 @@ def _with_result(block: CachedAttention, shapes: SymbolicShapes) -> CachedAttent
         nodes.append(block.last)
     merged = (dims[0], number(dims[1][0]), dims[2], values[3])
     last, result, length_first = merge_heads(block.last, merged, shapes, nodes)
-    if length_first or len(result) != 3:
+    if length_first or len(result) not in (2, 3):
         raise NotAttention(f"the result of {block.last.name} is not merged into [batch, sequence, hidden]")
     return dataclasses.replace(block, last=last, nodes=tuple(item for item in nodes if item is not last))
 
@@ -221,8 +247,9 @@ def activations(model: ir.Model) -> set[ir.Value]:
 def source_of(value: ir.Value, tainted: set[ir.Value], shapes: SymbolicShapes) -> ir.Value:
     """The projection, or norm, that ``value`` is made of by splitting heads and rotating.
 
-    The nearest value above ``value`` through which everything passes and that is [batch, sequence, features], or that
-    is made by an operator that does more than move, rotate and scale. ``value`` itself where there is no single one.
+    The nearest value above ``value`` through which everything passes and that is [batch, sequence, features] and no
+    part of another, or that is made by an operator that does more than move, rotate and scale. ``value`` itself where
+    there is no single one.
     """
     found, seen, todo = set[ir.Value](), set[ir.Value](), [value]
     while todo:
@@ -232,7 +259,8 @@ def source_of(value: ir.Value, tainted: set[ir.Value], shapes: SymbolicShapes) -
         seen.add(current)
         node = producer(current)
         dims = shapes.dims(current)
-        if node is None or node.op_type not in _LINEAR or (dims is not None and len(dims) == 3):
+        whole = dims is not None and len(dims) == 3 and not is_op(node, "Slice", "Split")
+        if node is None or node.op_type not in _LINEAR or whole:
             found.add(current)
         else:
             todo += [item for item in node.inputs if item is not None and item in tainted]

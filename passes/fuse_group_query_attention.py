@@ -169,6 +169,11 @@ class _Builder:
         new.append(
             ir.node("GroupQueryAttention", inputs, attributes=attributes, domain=MICROSOFT, outputs=outputs, name=base)
         )
+        if len(result.shape or ()) == 2:  # both axes joined, for a Gemm: the old target does it again
+            outputs[0].shape = None
+            target = block.last.inputs[1]
+            name = self._names.fresh(f"{base}/reshape")
+            new.append(make_node("Reshape", [outputs[0], target], name=name, output=f"{name}_out", like=result))
         replace(block.last, new, by=self._by, gone=block.nodes)
 
     def restore_outputs(self) -> None:

@@ -16,6 +16,7 @@ from ..compiler.graph import (
     Array,
     Names,
     add_initializer,
+    attribute,
     constant,
     dims,
     is_op,
@@ -25,7 +26,7 @@ from ..compiler.graph import (
     producer,
     remove_dead,
 )
-from .projections import biased_product
+from .projections import biased_product, join_columns
 
 _RULE = "three projections of one input -> MatMul + Split"
 
@@ -36,22 +37,28 @@ class _Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Projection:
-    """``value = product (+ bias)``, ``product = x weight``."""
+    """``value = (product + bias)[..., columns]``, ``product = x weight``."""
 
     value: ir.Value
     product: ir.Node
     bias: Array | None
+    columns: Array | None
+
+    def select(self, array: Array) -> Array:
+        """The columns of a weight or bias that ``value`` is made of."""
+        return array if self.columns is None else np.ascontiguousarray(array[..., self.columns])
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseQKV(Pass):
-    """Merges the Q, K and V projections in front of a fused attention (``Attention`` or ``MultiHeadAttention``).
+    """Merges the Q, K and V projections in front of a fused attention.
 
-    ``x Wq + bq, x Wk + bk, x Wv + bv -> Split(x [Wq | Wk | Wv] + [bq | bk | bv])``, where
+    1. Attention, MultiHeadAttention: ``x Wq + bq, x Wk + bk, x Wv + bv -> Split(x [Wq | Wk | Wv] + [bq | bk | bv])``.
+    2. GroupQueryAttention takes the product as it is: no Split. Parts gathered from one product in another order
+       (GPT-NeoX has Q, K and V of each head together) become columns of the weight in the kernel's order.
 
-    1. all three are MatMul of the same input with constant 2-D weights that nothing else uses,
-    2. all three or none add a constant bias, and
-    3. only the attention reads the results.
+    Where all three are MatMul of the same input with constant 2-D weights that nothing else uses, all three or none add
+    a constant bias, and only the attention reads the results.
 
     One large product uses the cores better for few rows (short inputs, one token), but Split copies: for many rows it
     costs more than it gains on the CPU provider, so the speed gate decides.
@@ -66,7 +73,7 @@ class FuseQKV(Pass):
         names = Names(model)
         for attention in anchors:
             try:
-                _merge(_projections(attention), names, opset(model), self.name)
+                _merge(attention, _projections(attention), names, opset(model), self.name)
                 outcome.counts["QKV merged"] += 1
             except _Refused as refusal:
                 if str(refusal):
@@ -77,21 +84,13 @@ class FuseQKV(Pass):
 
 
 def _is_attention(node: ir.Node) -> bool:
-    return is_op(node, "Attention") or is_op(node, "MultiHeadAttention", domain=MICROSOFT)
+    return is_op(node, "Attention") or is_op(node, "MultiHeadAttention", "GroupQueryAttention", domain=MICROSOFT)
 
 
 def _projections(attention: ir.Node) -> list[_Projection]:
-    found: list[_Projection] = []
-    for value in attention.inputs[:3]:
-        node = producer(value, "MatMul", "Add")
-        if node is None or value is None:
-            raise _Refused("")
-        biased = biased_product(value) if is_op(node, "Add") else None
-        product = producer(biased[0], "MatMul") if biased is not None else node if is_op(node, "MatMul") else None
-        if product is None:
-            raise _Refused("")
-        found.append(_Projection(value, product, biased[1] if biased is not None else None))
-    if len({item.product for item in found}) != 3:
+    found = [_projection(value) for value in attention.inputs[:3]]
+    packs = is_op(attention, "GroupQueryAttention", domain=MICROSOFT)
+    if len({item.product for item in found}) != 3 and not packs:
         raise _Refused("")
     if len({item.product.inputs[0] for item in found}) != 1:
         raise _Refused("Q, K and V are projected from different inputs (cross attention)")
@@ -108,34 +107,71 @@ def _projections(attention: ir.Node) -> list[_Projection]:
     return found
 
 
-def _merge(projections: list[_Projection], names: Names, version: int, by: str) -> None:
+def _projection(value: ir.Value | None) -> _Projection:
+    node = producer(value, "MatMul", "Add", "Gather")
+    if node is None or value is None:
+        raise _Refused("")
+    columns: Array | None = None
+    source = value
+    if is_op(node, "Gather"):
+        columns = constant(node.inputs[1])
+        last_axis = attribute(node, "axis", 0) == -1
+        node = producer(node.inputs[0], "MatMul", "Add")
+        if node is None or columns is None or columns.ndim != 1 or not last_axis:
+            raise _Refused("")
+        source = node.outputs[0]
+    biased = biased_product(source) if is_op(node, "Add") else None
+    product = producer(biased[0], "MatMul") if biased is not None else node if is_op(node, "MatMul") else None
+    if product is None:
+        raise _Refused("")
+    return _Projection(value, product, biased[1] if biased is not None else None, columns)
+
+
+def _merge(attention: ir.Node, projections: list[_Projection], names: Names, version: int, by: str) -> None:
     first = projections[0].product
     graph, source = first.graph, first.inputs[0]
-    weights = [array for item in projections if (array := constant(item.product.inputs[1])) is not None]
-    if not isinstance(graph, ir.Graph) or len(weights) != 3:
-        raise _Refused("the weights are not constants of this graph")
-    widths = [array.shape[1] for array in weights]
+    if not isinstance(graph, ir.Graph):
+        raise _Refused("it lies in a model-local function; inline functions first")
+    widths = [_width(item) for item in projections]
     base = names.fresh(f"{first.name}/qkv")
-    weight = add_initializer(graph, names, f"{base}.weight", np.concatenate(weights, axis=1))
+    weights = [(item.product.inputs[1], item.columns) for item in projections]
+    weight = join_columns(graph, names, f"{base}.weight", weights)
     shape = dims(first.outputs[0])
     merged_shape = [*shape[:-1], sum(widths)] if shape is not None else None
     dtype = first.outputs[0].dtype
     output = names.fresh(f"{base}_out")
     nodes = [make_node("MatMul", [source, weight], name=base, output=output, dtype=dtype, shape=merged_shape)]
-    biases = [item.bias for item in projections if item.bias is not None]
+    biases = [item.select(item.bias) for item in projections if item.bias is not None]
     if biases:
         bias = add_initializer(graph, names, f"{base}.bias", np.concatenate(biases))
         operands = [nodes[-1].outputs[0], bias]
         add = names.fresh(f"{base}/bias_add")
         nodes.append(make_node("Add", operands, name=add, output=f"{add}_out", dtype=dtype, shape=merged_shape))
+    merged = nodes[-1].outputs[0]
+    if is_op(attention, "GroupQueryAttention", domain=MICROSOFT):
+        for index, value in enumerate((merged, None, None)):
+            attention.replace_input_with(index, value)
+        _place(nodes, projections, by)
+        return
     sizes = [add_initializer(graph, names, f"{base}.widths", np.array(widths, np.int64))] if version >= 13 else []
     parts = [
         ir.Value(name=names.fresh(f"{item.value.name}_part"), shape=item.value.shape, type=item.value.type)
         for item in projections
     ]
     attributes = {"axis": -1} if sizes else {"axis": -1, "split": widths}
-    operands = [nodes[-1].outputs[0], *sizes]
+    operands = [merged, *sizes]
     nodes.append(ir.node("Split", operands, attributes=attributes, outputs=parts, name=names.fresh(f"{base}/split")))
+    _place(nodes, projections, by)
+    for item, part in zip(projections, parts, strict=True):
+        item.value.replace_all_uses_with(part)
+
+
+def _place(nodes: list[ir.Node], projections: list[_Projection], by: str) -> None:
+    """Puts ``nodes`` right behind what makes the input of the projections."""
+    first = projections[0].product
+    graph, source = first.graph, first.inputs[0]
+    if graph is None:
+        raise ValueError(f"{first.name} is not in a graph")
     for node in nodes:
         node.metadata_props[PASS_KEY] = by
         node.metadata_props[FROM_KEY] = ", ".join(f"MatMul:{item.product.name}" for item in projections)
@@ -144,5 +180,12 @@ def _merge(projections: list[_Projection], names: Names, version: int, by: str) 
         graph.insert_after(maker, nodes)
     else:  # a graph input, or a value of an enclosing graph: available from the start
         graph.insert_before(graph[0], nodes)
-    for item, part in zip(projections, parts, strict=True):
-        item.value.replace_all_uses_with(part)
+
+
+def _width(item: _Projection) -> int:
+    if item.columns is not None:
+        return item.columns.size
+    width = (dims(item.product.inputs[1]) or [None])[-1]
+    if not isinstance(width, int):
+        raise _Refused(f"the weight of {item.product.name} has no shape")
+    return width

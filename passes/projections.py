@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx_ir as ir
 
-from ..compiler.graph import Array, constant, only_consumer, producer
+from ..compiler.graph import Array, Names, constant, only_consumer, producer
+
+
+def join_columns(
+    graph: ir.Graph, names: Names, base: str, parts: Sequence[tuple[ir.Value | None, Array | None]]
+) -> ir.Value:
+    """The columns of several constant [rows, columns] weights side by side, as one initializer of ``graph``.
+
+    Joined when something reads them, so that a compile does not hold a second copy of a model's weights.
+
+    Args:
+        graph: receives the initializer.
+        names: source of fresh names.
+        base: its name.
+        parts: each weight with the columns to take of it, None for all.
+    """
+    sources = [(value.const_value, columns) for value, columns in parts if value is not None]
+    tensors = [tensor for tensor, _ in sources if tensor is not None]
+    name = names.fresh(base)
+
+    def join() -> ir.TensorProtocol:
+        arrays = [
+            tensor.numpy() if columns is None else tensor.numpy()[:, columns]
+            for tensor, columns in sources
+            if tensor is not None
+        ]
+        return ir.Tensor(np.concatenate(arrays, axis=1), name=name)
+
+    widths = [
+        int(tensor.shape[1]) if columns is None else columns.size for tensor, columns in sources if tensor is not None
+    ]
+    shape = ir.Shape([int(tensors[0].shape[0]), sum(widths)])
+    joined = ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name)
+    value = ir.Value(name=name, shape=shape.copy(), type=ir.TensorType(joined.dtype), const_value=joined)
+    graph.register_initializer(value)
+    return value
 
 
 def biased_product(value: ir.Value) -> tuple[ir.Value, Array] | None:
