@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..compiler.base import Pass
 from .cleanup import Cleanup
+from .few_level_weights import FewLevelWeights
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_gate_up import FuseGateUp
@@ -13,6 +14,9 @@ from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
+from .mixed_precision import MixedPrecision
+from .quantize_kv_cache import QuantizeKVCache
+from .quantize_weights import QuantizeWeights
 from .simplify_shapes import SimplifyShapes
 from .split_skip_normalization import SplitSkipNormalization
 from .upgrade_opset import UpgradeOpset
@@ -21,6 +25,7 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         Cleanup,
+        FewLevelWeights,
         FoldConstants,
         FuseAttention,
         FuseGateUp,
@@ -30,6 +35,9 @@ PASSES: dict[str, type[Pass]] = {
         FuseNormalization,
         FuseQKV,
         FuseSkipNormalization,
+        MixedPrecision,
+        QuantizeKVCache,
+        QuantizeWeights,
         SimplifyShapes,
         SplitSkipNormalization,
         UpgradeOpset,
