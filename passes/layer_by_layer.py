@@ -69,6 +69,7 @@ def gptq_codes(
     groups: Mapping[ir.Value, Sequence[Request]],
     feeds: Iterable[Feeds],
     target: float,
+    threads: int,
     progress: Callable[[str], None],
 ) -> tuple[dict[Weight, Coded], Losses]:
     """Codes for the weights in ``groups``, in the order in which the graph runs.
@@ -82,13 +83,14 @@ def gptq_codes(
         groups: input value -> what is wanted of the weights that multiply it.
         feeds: calibration samples.
         target: 0 aims at ``W x'`` on the quantized prefix, 1 at the original's ``W x``.
+        threads: intra-op threads, 0 for ONNX Runtime's default.
         progress: called for each layer.
     """
     samples = list(feeds)
     stages = stage_order(model, groups)
     work = model.clone()
-    quantized = Stream(work, _same_values(work, stages), samples, _MEMORY)
-    original = Stream(model, stages, samples, _MEMORY) if target > 0 else None
+    quantized = Stream(work, _same_values(work, stages), samples, _MEMORY, threads)
+    original = Stream(model, stages, samples, _MEMORY, threads) if target > 0 else None
     initializers = work.graph.initializers
     coded: dict[Weight, Coded] = {}
     losses = Losses()
@@ -116,6 +118,7 @@ def awq_codes(
     model: ir.Model,
     groups: Mapping[ir.Value, Sequence[Request]],
     feeds: Iterable[Feeds],
+    threads: int,
     progress: Callable[[str], None],
 ) -> tuple[dict[Weight, Coded], list[str]]:
     """Codes for the weights in ``groups``, and notes. Scales are folded into ``model`` where something can take them.
@@ -126,7 +129,7 @@ def awq_codes(
     samples = list(feeds)
     stages = stage_order(model, groups)
     untouched = model.clone()
-    stream = Stream(untouched, _same_values(untouched, stages), samples, _MEMORY)
+    stream = Stream(untouched, _same_values(untouched, stages), samples, _MEMORY, threads)
     names = Names(model)
     coded: dict[Weight, Coded] = {}
     owners = {linear.node.outputs[0]: r.weight for rs in groups.values() for r in rs for linear in r.weight.linears}

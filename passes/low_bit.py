@@ -143,10 +143,10 @@ def _codes(
         grouped = groups_by_input(list(requests), model.graph)
         groups = {x: [requests[weight] for weight in weights] for x, weights in grouped}
         if method == "gptq":
-            coded, losses = gptq_codes(model, groups, context.feeds, target, context.progress)
+            coded, losses = gptq_codes(model, groups, context.feeds, target, context.threads, context.progress)
             outcome.notes += losses.notes()
         else:
-            coded, notes = awq_codes(model, groups, context.feeds, context.progress)
+            coded, notes = awq_codes(model, groups, context.feeds, context.threads, context.progress)
             outcome.notes += notes
         rest = [weight.name for weight in requests if weight not in coded]
         if rest:

@@ -19,6 +19,7 @@ from .linear_weights import Weight, find_weights, groups_by_input
 from .low_bit import FLOAT, Choice, Level, Method, effect_samples, quantize, usable
 from .output_effect import OutputEffect
 from .product_times import product_seconds
+from .streams import PATIENT
 
 Unit = Literal["bits", "bytes", "latency"]
 
@@ -186,7 +187,7 @@ def _effects(
 
     One session with the weights as inputs serves all, so that nothing is loaded or packed again.
     """
-    swap = _Swap(model, [weight for group in groups for weight in group], effect)
+    swap = _Swap(model, [weight for group in groups for weight in group], effect, context.threads)
     table = np.zeros((len(groups), len(options)))
     for row, group in enumerate(groups):
         context.progress(f"effect of {row + 1}/{len(groups)}: {group[0].name}")
@@ -205,7 +206,7 @@ def _effects(
 class _Swap:
     """The model with weights that differ from call to call."""
 
-    def __init__(self, model: ir.Model, weights: Sequence[Weight], effect: OutputEffect) -> None:
+    def __init__(self, model: ir.Model, weights: Sequence[Weight], effect: OutputEffect, threads: int) -> None:
         self._effect = effect
         self._arrays: dict[str, Array] = {}
         open_model = model.clone()
@@ -217,7 +218,7 @@ class _Swap:
             value = open_model.graph.initializers.pop(weight.name)
             value.const_value = None
             open_model.graph.inputs.append(value)
-        self._session = open_session(open_model, session_options())
+        self._session = open_session(open_model, session_options(threads=threads, ort_config=PATIENT))
 
     def __call__(self, changes: Mapping[str, Array]) -> float:
         arrays = {**self._arrays, **changes}

@@ -11,7 +11,7 @@ from ..compiler.base import Feeds
 from ..runtime.errors import ModelError
 from ..runtime.inference import open_session, run_session, session_options
 from ..runtime.providers import Device
-from .streams import token_rows
+from .streams import PATIENT, token_rows
 
 _MOST_NUMBERS = 1 << 24  # of the reference's outputs that are kept
 
@@ -36,7 +36,7 @@ class OutputEffect:
         self._device, self._threads = device, threads
         self.output, self.is_logits = _compared_output(model)
         self._samples: list[tuple[Feeds, np.ndarray]] = []
-        session = open_session(model, session_options(threads=threads), device)
+        session = open_session(model, session_options(threads=threads, ort_config=PATIENT), device)
         room = _MOST_NUMBERS
         for sample in feeds:
             rows = self._rows(run_session(session, sample, [self.output])[self.output], sample)
@@ -47,7 +47,7 @@ class OutputEffect:
 
     def __call__(self, model: ir.Model) -> float:
         """The figure for ``model``; infinite where it makes something that is not a number."""
-        session = open_session(model, session_options(threads=self._threads), self._device)
+        session = open_session(model, session_options(threads=self._threads, ort_config=PATIENT), self._device)
         return self.of_outputs(run_session(session, sample, [self.output])[self.output] for sample in self.samples)
 
     @property

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.base import Claim, Feeds, Gate, Outcome, Pass, PassContext
+from ..compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ..compiler.graph import MICROSOFT, Array, Names, add_initializer, all_nodes, attribute, is_op, only_consumer
 from ..runtime.errors import PassError
 from ..runtime.inference import open_session, run_session, session_options
 from ..runtime.quantized_cache import LIMIT, SCALE_OF
 
 _RULE = "cache -> int8"
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the largest magnitude seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class QuantizeKVCache(Pass):
     """Keeps the key/value cache as int8: 0.25 x of its float32 bytes.
 
     1. ``GroupQueryAttention(..., past_key, past_value, ...)`` -> the same with int8 caches and constant scales, one per
-       head and channel: ``scale = max |x| / 127`` over the calibration samples. Keys are measured as they are cached,
-       after the rotary embedding.
+       head and channel: of ``scale = share * max |x| / 127`` the one of least squared error over the calibration samples.
+       Keys are measured as they are cached, after the rotary embedding.
 
     The inputs ``past_key_values.*`` and outputs ``present.*`` become int8; ``Session.generate`` takes them as they are. A
     new token is rounded once, when it is appended; what is in the cache is never rounded again. Values beyond the
@@ -76,10 +77,10 @@ class QuantizeKVCache(Pass):
                 "An int8 cache needs calibration samples, which give its scales.",
                 "Give compile(..., calibration=...) (--calibration): texts as long as those to come.",
             )
-        ranges = _ranges(model, caches, context.feeds, context)
+        scales = _scales(model, caches, context)
         names = Names(model)
         for cache in caches:
-            _to_int8(cache, ranges[cache.present.name or ""], names, self.name)
+            _to_int8(cache, scales[cache.present.name or ""], names, self.name)
             outcome.counts["caches in int8"] += 1
         return outcome
 
@@ -110,35 +111,48 @@ class QuantizeKVCache(Pass):
         return found
 
 
-def _ranges(
-    model: ir.Model, caches: list[_Cache], feeds: Iterable[Feeds], context: PassContext
-) -> dict[str, Array]:
-    """Largest magnitude of each head and channel, [1, heads, 1, size], by the name of the present output.
-
-    Only positions of tokens are looked at: from slot 0 on, as many as the mask counts.
-    """
-    session = open_session(model, session_options(threads=context.threads), context.device)
+def _scales(model: ir.Model, caches: list[_Cache], context: PassContext) -> dict[str, Array]:
+    """Scales [1, heads, 1, size] by the name of the present output: of the ranges tried, the least squared error."""
     names = [cache.present.name or "" for cache in caches]
     largest: dict[str, Array] = {}
-    for number, sample in enumerate(feeds):
-        context.progress(f"ranges of the cache, sample {number + 1}")
+    for name, array in _cached(model, names, context, "ranges of the cache"):
+        found = np.abs(array).max(axis=(0, 2), keepdims=True, initial=0)
+        largest[name] = np.maximum(largest[name], found) if name in largest else found
+    for name, found in largest.items():  # a channel that was always 0 may not stay so
+        largest[name] = np.maximum(found, max(float(found.max()), 1e-6) * 1e-3)
+    errors: dict[str, Array] = {}
+    for name, array in _cached(model, names, context, "scales of the cache"):
+        added = np.stack([_squared_error(array, largest[name] * share / LIMIT) for share in _SHARES])
+        errors[name] = errors[name] + added if name in errors else added
+    shares = np.array(_SHARES)
+    return {
+        name: (largest[name] * shares[errors[name].argmin(axis=0)] / LIMIT).astype(np.float32) for name in largest
+    }
+
+
+def _squared_error(array: Array, scale: Array) -> Array:
+    codes = np.clip(np.rint(array / scale), -LIMIT - 1, LIMIT)
+    return ((array - codes * scale) ** 2).sum(axis=(0, 2), keepdims=True, dtype=np.float64)
+
+
+def _cached(model: ir.Model, names: list[str], context: PassContext, what: str) -> Iterator[tuple[str, Array]]:
+    """The caches of each sample; of tokens only, which lie from slot 0 on, as many as the mask counts; others are 0."""
+    session = open_session(model, session_options(threads=context.threads), context.device)
+    for number, sample in enumerate(context.feeds):
+        context.progress(f"{what}, sample {number + 1}")
         mask = sample.get("attention_mask")
         for name, array in run_session(session, sample, names).items():
-            magnitude = np.abs(array)
-            if mask is not None and mask.shape[0] == array.shape[0]:
-                slots = np.arange(array.shape[2]) < np.asarray(mask).sum(axis=1, keepdims=True)
-                magnitude = np.where(slots[:, None, :, None], magnitude, 0)
-            found = magnitude.max(axis=(0, 2), keepdims=True, initial=0)
-            largest[name] = np.maximum(largest[name], found) if name in largest else found
-    return largest
+            if mask is None or mask.shape[0] != array.shape[0]:
+                yield name, array
+                continue
+            slots = np.arange(array.shape[2]) < np.asarray(mask).sum(axis=1, keepdims=True)
+            yield name, np.where(slots[:, None, :, None], array, np.float32(0))
 
 
-def _to_int8(cache: _Cache, largest: Array, names: Names, by: str) -> None:
+def _to_int8(cache: _Cache, scale: Array, names: Names, by: str) -> None:
     node, key = cache.node, cache.index == 3
     if not isinstance(node.graph, ir.Graph):
         raise ValueError(f"{node.name} is in no graph")
-    floor = max(float(largest.max()), 1e-6) * 1e-3  # a channel that was always 0 may not stay so
-    scale = (np.maximum(largest, floor) / LIMIT).astype(np.float32)
     value = add_initializer(node.graph, names, f"{cache.past.name}_scale", scale)
     index = SCALE_OF[cache.index]
     if len(node.inputs) <= index:

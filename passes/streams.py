@@ -14,6 +14,9 @@ from ..compiler.base import Feeds
 from ..compiler.graph import Array, subgraphs
 from ..runtime.inference import open_session, run_session, session_options
 
+# For runs that calibrate or compare: threads that wait actively take the cores from everybody else.
+PATIENT = {"config_entries": {"session.intra_op.allow_spinning": "0"}}
+
 
 class ArrayStore:
     """Arrays by (sample, name): in memory up to a number of bytes, in a temporary folder beyond it.
@@ -67,10 +70,13 @@ class Stream:
         stages: for each stage the value it ends with, in topological order.
         feeds: the samples.
         memory: bytes of activations kept in memory; more go to a temporary folder.
+        threads: intra-op threads, 0 for ONNX Runtime's default.
     """
 
-    def __init__(self, model: ir.Model, stages: Sequence[ir.Value], feeds: Sequence[Feeds], memory: int) -> None:
-        self._model = model
+    def __init__(
+        self, model: ir.Model, stages: Sequence[ir.Value], feeds: Sequence[Feeds], memory: int, threads: int = 0
+    ) -> None:
+        self._model, self._threads = model, threads
         self._stages = stages
         self._store = ArrayStore(memory)
         self._count = len(feeds)
@@ -110,7 +116,7 @@ class Stream:
             ir_version=self._model.ir_version,
         )
         part.graph.opset_imports.update(self._model.opset_imports)
-        session = open_session(part, session_options())
+        session = open_session(part, session_options(threads=self._threads, ort_config=PATIENT))
         wanted = [value.name or "" for value in outputs]
         names = [value.name or "" for value in part.graph.inputs if not value.is_initializer()]
         for number in range(self._count):
