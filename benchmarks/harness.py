@@ -31,6 +31,7 @@ class Side:
         python: environment, see ``peers.py``.
         note: what to know about it, e.g. how many attentions were fused.
         failure: why there are no figures.
+        worker: script that serves it.
     """
 
     name: str
@@ -39,13 +40,14 @@ class Side:
     python: str = "ours"
     note: str = ""
     failure: str = ""
+    worker: str = "worker.py"
 
 
 class Worker:
     """A side's process; idle it waits on a pipe (ORT's threads spin for milliseconds, then sleep)."""
 
     def __init__(self, side: Side, threads: int) -> None:
-        command = [python_of(side.python), HERE / "worker.py", side.kind, side.model, str(threads)]
+        command = [python_of(side.python), HERE / side.worker, side.kind, side.model, str(threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -73,7 +75,15 @@ class Worker:
 
 
 def compare(
-    sides: list[Side], samples: dict[str, Path], *, threads: int, rounds: int, seconds: float, reference: dict[str, Any]
+    sides: list[Side],
+    samples: dict[str, Path],
+    *,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    reference: dict[str, Any],
+    warm: int = 5,
+    limit: float = float("inf"),
 ) -> dict[str, dict[str, Any]]:
     """Measures all sides on all samples in turns.
 
@@ -84,6 +94,8 @@ def compare(
         rounds: how often each side gets its turn.
         seconds: about how long a turn takes.
         reference: label -> expected output, for the error column.
+        warm: calls before anything is timed, and again to see how long one takes.
+        limit: largest relative error; a side above it computes something else and is not timed.
 
     Returns:
         ``{side: {label: {"median", "ratio", "spread", "error"}}}``; the ratio is baseline / side, above 1 is faster.
@@ -99,8 +111,11 @@ def compare(
             side.failure = str(error)
     try:
         for label, path in samples.items():
-            times = _turns(workers, sides, label, path, rounds, seconds, reference.get(label), results)
-            baseline = times.get(sides[0].name, [])
+            plan = _Plan(rounds, seconds, warm, limit)
+            times = _turns(workers, sides, label, path, plan, reference.get(label), results)
+            if sides[0].name not in times:
+                raise RuntimeError(f"The baseline {sides[0].name} failed: {sides[0].failure}.")
+            baseline = times[sides[0].name]
             for name, values in times.items():
                 ratios = [a / b for a, b in zip(baseline, values, strict=True)]
                 low, middle, high = statistics.quantiles(ratios, n=4)
@@ -113,13 +128,20 @@ def compare(
     return results
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    rounds: int
+    seconds: float
+    warm: int
+    limit: float
+
+
 def _turns(
     workers: dict[str, Worker],
     sides: list[Side],
     label: str,
     path: Path,
-    rounds: int,
-    seconds: float,
+    plan: _Plan,
     expected: Any,
     results: dict[str, dict[str, Any]],
 ) -> dict[str, list[float]]:
@@ -131,17 +153,20 @@ def _turns(
             continue
         try:
             worker.ask(load=str(path))
-            worker.ask(run=5)
-            once = statistics.median(worker.ask(run=5)["seconds"])
             output = path.with_suffix(".out.npy")
             worker.ask(outputs=str(output))
-            results[side.name][label] = {"error": _error(expected, np.load(output)) if expected is not None else None}
-            calls[side.name] = max(3, int(seconds / once))
+            error = _error(expected, np.load(output)) if expected is not None else None
+            if error is not None and not error <= plan.limit:
+                raise RuntimeError(f"{label}: computes something else, relative error {error:.1e}")
+            worker.ask(run=plan.warm)
+            once = statistics.median(worker.ask(run=plan.warm)["seconds"])
+            results[side.name][label] = {"error": error}
+            calls[side.name] = max(3, int(plan.seconds / once))
             times[side.name] = []
         except RuntimeError as error:
             side.failure = str(error)
             workers.pop(side.name).close()
-    for number in range(rounds):
+    for number in range(plan.rounds):
         order = list(times)
         for index in range(len(order)):
             name = order[(index + number) % len(order)]

@@ -1,6 +1,7 @@
 """The peers, each in a virtual environment of its own: several bring an onnxruntime that would overwrite ours.
 
-python benchmarks/peers.py     # creates what is missing, a few minutes
+python benchmarks/peers.py             # creates what is missing, a few minutes
+python benchmarks/peers.py genai       # only this one
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ VENVS = {
         "psutil",
     ],
     "openvino": ["openvino", "numpy", "psutil"],
+    # Its model builder reads a Hugging Face folder with torch and transformers.
+    "genai": [
+        f"onnxruntime=={onnxruntime.__version__}",
+        "onnxruntime-genai",
+        "onnx",
+        "onnx-ir",
+        "torch==2.13.0",
+        "transformers",
+        "psutil",
+    ],
 }
 
 
@@ -57,7 +68,7 @@ def versions(name: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for environment in VENVS:
+    for environment in sys.argv[1:] or VENVS:
         print(f"{environment}: {', '.join(VENVS[environment])}")
         create(environment)
         print(f"  {versions(environment)}")

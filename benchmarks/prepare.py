@@ -115,6 +115,16 @@ def private_bytes() -> int:
     return 0
 
 
+def run_tool(tool: str, source: str, target: str) -> None:
+    """Runs one of ``TOOLS``, or onnxlathe with the preset that the name ends with."""
+    if tool in TOOLS:
+        TOOLS[tool](source, target)
+    elif tool.startswith("onnxlathe "):
+        onnxlathe(source, target, tool.removeprefix("onnxlathe "), False)
+    else:
+        raise KeyError(tool)
+
+
 def main(tool: str, source: str, target: str) -> None:
     """Runs the tool and prints the figures."""
     import onnx
@@ -130,7 +140,7 @@ def main(tool: str, source: str, target: str) -> None:
     thread.start()
     before = private_bytes()
     start = time.perf_counter()
-    TOOLS[tool](source, target)
+    run_tool(tool, source, target)
     seconds = time.perf_counter() - start
     running[0] = False
     thread.join()

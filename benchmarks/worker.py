@@ -3,12 +3,14 @@
     PYTHON benchmarks/worker.py KIND MODEL THREADS
 
 Requests are JSON: ``{"load": path of an .npz}`` -> ``{"ok": true}``; ``{"run": count}`` -> ``{"seconds": [...]}``;
-``{"outputs": path}`` writes the first output. KIND: ``ort`` (plain, default options), ``lathe`` (onnxlathe.Session),
-``openvino``, ``torch``, ``torch.compile``. Runs in the side's own environment and imports only what the kind needs.
+``{"outputs": path}`` writes the first output. A side with a method ``timed(feeds, count)`` times itself. KIND: ``ort``
+(plain, default options), ``lathe`` (onnxlathe.Session), ``openvino``, ``torch``, ``torch.compile``. Runs in the side's
+own environment and imports only what the kind needs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -79,9 +81,8 @@ KINDS: dict[str, Callable[[str, int], Callable[[Feeds], Any]]] = {
 }
 
 
-def main(kind: str, model: str, threads: int) -> None:
-    """Answers requests until stdin closes."""
-    run = KINDS[kind](model, threads)
+def serve(run: Callable[[Feeds], Any]) -> None:
+    """Answers requests about ``run`` until stdin closes."""
     feeds: Feeds = {}
     print(json.dumps({"ok": True}), flush=True)
     for line in sys.stdin:
@@ -91,16 +92,21 @@ def main(kind: str, model: str, threads: int) -> None:
             with np.load(request["load"]) as archive:
                 feeds = {name: archive[name] for name in archive.files}
         elif "run" in request:
-            times: list[float] = []
-            for _ in range(request["run"]):
-                start = time.perf_counter()
-                run(feeds)
-                times.append(time.perf_counter() - start)
-            answer = {"seconds": times}
+            answer = {"seconds": getattr(run, "timed", functools.partial(timed, run))(feeds, request["run"])}
         else:
             np.save(request["outputs"], np.asarray(run(feeds)))
         print(json.dumps(answer), flush=True)
 
 
+def timed(run: Callable[[Feeds], Any], feeds: Feeds, count: int) -> list[float]:
+    """Seconds of each of ``count`` calls."""
+    times: list[float] = []
+    for _ in range(count):
+        start = time.perf_counter()
+        run(feeds)
+        times.append(time.perf_counter() - start)
+    return times
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    serve(KINDS[sys.argv[1]](sys.argv[2], int(sys.argv[3])))

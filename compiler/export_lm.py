@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from ..runtime.causal_lm import EOS_KEY
 from ..runtime.errors import ExportError, ModelError
 from ..runtime.inference import open_session, run_session, session_options
 from .export import evaluating, export, quiet
@@ -40,6 +42,8 @@ def export_causal_lm(model: Any, *, opset: int | None = None, check: bool = True
         logits: [batch, sequence, vocabulary].
         present.N.key, present.N.value: [batch, kv_heads, total_sequence, head_dim], the next step's past.
 
+    The token ids that end a text are in the metadata, where ``Session.generate`` looks for them.
+
     Args:
         model: a ``transformers`` model such as ``LlamaForCausalLM``. Weights are shared with it, not copied.
         opset: ONNX opset, torch's default if None.
@@ -70,10 +74,21 @@ def export_causal_lm(model: Any, *, opset: int | None = None, check: bool = True
     rename_dims(graph, {}, {"past_sequence + sequence": "total_sequence"})
     _unwrap_names(graph)
     graph.graph.name = type(model).__name__
+    if eos := _eos(model):
+        graph.metadata_props[EOS_KEY] = json.dumps(eos)
     if check:
         with quiet(), evaluating(model), torch.no_grad():
             _check(graph, model, layers)
     return graph
+
+
+def _eos(model: Any) -> list[int]:
+    """The token ids that end a text, as the model's configuration has them."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
+    return []
 
 
 def _cache_argument(model: Any) -> str:

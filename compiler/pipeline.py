@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ..runtime.artifact import REPORT_KEY, VERSION_KEY, config_metadata, save
 from ..runtime.errors import LatheError, ModelError, PassError, VerifyError
+from ..runtime.genai_folder import save_genai
 from ..runtime.session import Session
 from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext
@@ -40,16 +41,22 @@ class Compiled:
 
     def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
         """Writes the artifact: one ``.onnx`` below 2 GB, weights in ``<name>.data`` beside it above."""
-        metadata = {
-            VERSION_KEY: self.report.environment.get("onnxlathe", ""),
-            REPORT_KEY: json.dumps(self.report.to_dict()),
-            **config_metadata(self.ort_config),
-        }
-        return save(self.model, path, metadata=metadata, external_data=external_data)
+        return save(self.model, path, metadata=self._metadata(), external_data=external_data)
+
+    def save_genai(self, folder: str | os.PathLike[str], **options: Any) -> Path:
+        """Writes the artifact as an onnxruntime-genai folder; options as in ``runtime.genai_folder.save_genai``."""
+        return save_genai(self.model, folder, metadata=self._metadata(), ort_config=self.ort_config, **options)
 
     def session(self, device: str = "cpu", threads: int = 0) -> Session:
         """Opens the compiled model without saving it."""
         return Session(self.model, device=device, threads=threads, ort_config=self.ort_config)
+
+    def _metadata(self) -> dict[str, str]:
+        return {
+            VERSION_KEY: self.report.environment.get("onnxlathe", ""),
+            REPORT_KEY: json.dumps(self.report.to_dict()),
+            **config_metadata(self.ort_config),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "data" / "stories260k"
 BOS = 1
-"""The token every story starts with."""
+"""The token every story starts with, and so the one that comes after its end."""
 _BYTE_PIECES = range(3, 259)
 _OPENINGS = ("Once upon a time", "One day", "Once there was", "There was once", "Once, ")
 
@@ -111,7 +111,7 @@ def load_checkpoint(path: Path, attention: str = "sdpa") -> LlamaForCausalLM:
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
         bos_token_id=BOS,
-        eos_token_id=2,
+        eos_token_id=BOS,  # a story ends where the next begins; the model was never shown token 2
     )
     model = LlamaForCausalLM(config)
     model.set_attn_implementation(attention)
@@ -155,6 +155,16 @@ def stories_tokenizer() -> Tokenizer:
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return tokenizer
+
+
+def tokenizer_json() -> str:
+    """``stories_tokenizer`` as the content of a ``tokenizer.json`` that starts each text with ``BOS``."""
+    from tokenizers import processors
+
+    tokenizer: Any = stories_tokenizer()
+    begin = tokenizer.id_to_token(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(single=[begin, "$A"], special_tokens=[(begin, BOS)])
+    return tokenizer.to_str()
 
 
 def _read_pieces(path: Path) -> list[str]:

@@ -47,6 +47,15 @@ def build(name: str) -> ZooEntry:
     return _BUILDERS[name]()
 
 
+def tokenizer(name: str) -> str | None:
+    """The content of ``tokenizer.json`` for the model called ``name``; None if it has no tokenizer."""
+    if name != "stories260k":
+        return None
+    from .stories import tokenizer_json
+
+    return tokenizer_json()
+
+
 def _mlp() -> ZooEntry:
     from .mlp import Mlp784
 

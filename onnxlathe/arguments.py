@@ -77,6 +77,17 @@ def export_source(source: str, opset: int | None) -> ir.Model:
     return export(module, args, dynamic_shapes=shapes, opset=opset)
 
 
+def tokenizer_of(source: str) -> bytes | None:
+    """The ``tokenizer.json`` that belongs to what ``export_source`` exports; None if there is none."""
+    if source.startswith("zoo:"):
+        from onnxlathe.models import zoo
+
+        text = zoo.tokenizer(source.removeprefix("zoo:"))
+        return text.encode() if text is not None else None
+    file = Path(source) / "tokenizer.json"
+    return file.read_bytes() if file.is_file() else None
+
+
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))

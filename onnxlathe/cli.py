@@ -62,12 +62,16 @@ def export(
     """
     from onnxlathe.runtime.artifact import save
 
-    from .arguments import check_writable, export_source
+    from .arguments import check_writable, export_source, tokenizer_of
 
     check_writable(output, [])
     with _status(f"exporting {source}"):
         save(export_source(source, opset), output)
     typer.echo(f"wrote {output} ({_size(output)}), checked against PyTorch")
+    if (content := tokenizer_of(source)) is not None:
+        from onnxlathe.runtime.tokenizer import put_tokenizer
+
+        typer.echo(f"wrote {put_tokenizer(content, output)}, so that `onnxlathe run {output} --prompt TEXT` works")
 
 
 @app.command()
@@ -96,6 +100,7 @@ def compile(
         raise PassError(f"--on-error is {on_error!r}.", "Use raise or skip.")
     from .api import compile as compile_model
     from .arguments import check_writable, parse_passes
+    from .chat import carry_tokenizer
 
     check_writable(output, [model, calibration])
     if json is not None:
@@ -110,6 +115,7 @@ def compile(
         speed_gate=speed_gate,
         on_error=on_error,
     )
+    carry_tokenizer(model, out.model, output)
     out.save(output)
     out.report.print(refusals=refusals)
     if json is not None:
@@ -124,45 +130,33 @@ def run(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the outputs to this .npz file")] = None,
     target: Device = "cpu",
     threads: Threads = 0,
+    prompt: Annotated[str | None, typer.Option(help="a text for the language model to continue")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="with --prompt: the most tokens to add")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says")] = 0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="draw from this many likeliest tokens only")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from the tokens that reach this probability only")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed draws the same text")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="tokens of the prompt that run at once")] = 512,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; default: the one beside the model")] = None,
 ) -> None:
-    """Runs a model once and prints its outputs.
+    """Runs a model once and prints its outputs, or streams the text a language model adds to a prompt.
 
     Example: onnxlathe run model.onnx --samples inputs.npz -o outputs.npz
+
+    Example: onnxlathe run model.onnx --prompt "Once upon a time" --temperature 0.8 --seed 1
     """
-    import numpy as np
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    if prompt is None:
+        from .look import print_run
 
-    from onnxlathe.runtime.artifact import load
-    from onnxlathe.runtime.feeds import load_feeds, make_feeds
-    from onnxlathe.runtime.session import Session
+        return print_run(model, samples, output, target, threads)
+    if samples is not None or output is not None:
+        raise LatheError("--prompt goes with neither --samples nor --output.", "Give one or the other.")
+    from onnxlathe.runtime.sampling import Sampling
 
-    from .arguments import check_writable
+    from .chat import stream_text
 
-    if output is not None:
-        check_writable(output, [model, samples])
-    feeds = load_feeds(samples) if samples is not None else make_feeds(load(model), count=1)
-    session = Session(model, device=target, threads=threads)
-    results = session.run(feeds[0])
-    table = Table(title=f"{model} on {session.device}" + ("" if samples else ", made inputs"), title_justify="left")
-    for column in ("output", "dtype", "shape", "min", "mean", "max"):
-        table.add_column(column, justify="left" if column == "output" else "right")
-    for name, array in results.items():
-        numbers = [
-            f"{f(array):.4g}" if array.size and array.dtype.kind in "fiu" else "-" for f in (np.min, np.mean, np.max)
-        ]
-        table.add_row(Text(name), str(array.dtype), Text(str(list(array.shape))), *numbers)
-    Console().print(table)
-    if output is not None:
-        import io
-
-        from onnxlathe.runtime.artifact import write_atomically
-
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **results)
-        write_atomically(output, buffer.getvalue())
-        typer.echo(f"wrote {output}")
+    sampling = Sampling(temperature, top_k, top_p)
+    stream_text(model, prompt, tokenizer, target, threads, max_new_tokens, sampling, seed, chunk)
 
 
 @app.command()

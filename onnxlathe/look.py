@@ -1,11 +1,13 @@
-"""What ``inspect``, ``diff`` and ``passes`` print."""
+"""What ``run``, ``inspect``, ``diff`` and ``passes`` print."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,11 +19,37 @@ from onnxlathe.compiler.report import Report, format_bytes, print_op_table
 from onnxlathe.compiler.verify import relative_error, run_reference
 from onnxlathe.passes import PASSES
 from onnxlathe.passes.presets import PRESETS
-from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
+from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config, write_atomically
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
+from onnxlathe.runtime.session import Session
+
+from .arguments import check_writable
 
 _SHOWN = 10
+
+
+def print_run(model: Path, samples: Path | None, output: Path | None, target: str, threads: int) -> None:
+    """Outputs of one run: dtypes, shapes and ranges; all of them into ``output``, if given."""
+    if output is not None:
+        check_writable(output, [model, samples])
+    feeds = load_feeds(samples) if samples is not None else make_feeds(load(model), count=1)
+    session = Session(model, device=target, threads=threads)
+    results = session.run(feeds[0])
+    table = Table(title=f"{model} on {session.device}" + ("" if samples else ", made inputs"), title_justify="left")
+    for column in ("output", "dtype", "shape", "min", "mean", "max"):
+        table.add_column(column, justify="left" if column == "output" else "right")
+    for name, array in results.items():
+        numbers = [
+            f"{f(array):.4g}" if array.size and array.dtype.kind in "fiu" else "-" for f in (np.min, np.mean, np.max)
+        ]
+        table.add_row(Text(name), str(array.dtype), Text(str(list(array.shape))), *numbers)
+    Console().print(table)
+    if output is not None:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **results)
+        write_atomically(output, buffer.getvalue())
+        Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_inspect(path: Path) -> None:

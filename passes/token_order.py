@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.graph import Names, add_initializer, constant, is_op, make_node, producer
+from ..compiler.graph import PASS_KEY, Names, add_initializer, constant, is_op, make_node, producer
 from .probing import MASK, POSITIONS, TOKENS
 
 _AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
@@ -44,46 +44,48 @@ class TokenOrder:
 
     def _build(self, mask: ir.Value, given: ir.Value | None) -> None:
         i64, i32 = ir.DataType.INT64, ir.DataType.INT32
-        tokens = self._op("Cast", [mask], "tokens", i64, mask.shape, to=int(i64))
+        batch = mask.shape[0] if mask.shape is not None else None
+        sequence = self._tokens.shape[1] if self._tokens.shape is not None else None
+        shape = [batch, sequence]
+        if mask.dtype != i64:
+            mask = self._op("Cast", [mask], "mask", i64, mask.shape, to=int(i64))
+        zero, one = self._constant("zero", [0]), self._constant("one", [1])
         total = self._op("Shape", [mask], "total", i64, [1], start=1, end=2)
         new = self._op("Shape", [self._tokens], "new", i64, [1], start=1, end=2)
         past = self._op("Sub", [total, new], "past", i64, [1])
-        zero, one = self._constant("zero", [0]), self._constant("one", [1])
-        batch = mask.shape[0] if mask.shape is not None else None
-        sequence = self._tokens.shape[1] if self._tokens.shape is not None else None
-        cached = self._op("Slice", [tokens, zero, past, one], "cached", i64, None)
+        # What the kernel counts as cached: the tokens of the past, and all new positions, padding too.
+        cached = self._op("Slice", [mask, zero, past, one], "cached", i64, None)
         counted = self._op("ReduceSum", [cached, one], "cached_tokens", i64, [batch], keepdims=0)
-        end = self._op("Sub", [new, one], "last_new", i64, [1])
-        lengths = self._op("Add", [counted, end], "lengths", i64, [batch])
+        last = self._op("Sub", [new, one], "last_new", i64, [1])
+        lengths = self._op("Add", [counted, last], "lengths", i64, [batch])
         self.lengths = self._op("Cast", [lengths], "seqlens_k", i32, [batch], to=int(i32))
         flat = self._op("Squeeze", [total], "total_length", i64, [])
         self.total = self._op("Cast", [flat], "total_sequence_length", i32, [], to=int(i32))
-        shape = [batch, sequence]
-        mine = self._op("Slice", [tokens, past, total, one], "new_tokens", i64, shape)
-        before = self._op("CumSum", [mine, self._constant("axis", 1)], "tokens_so_far", i64, shape)
-        all_mine = self._op("ReduceSum", [mine, one], "new_count", i64, [batch, 1], keepdims=1)
-        count = self._op("CumSum", [self._op("Sub", [one, mine], "padding", i64, shape), self._constant("axis", 1)],
-                         "padding_so_far", i64, shape)  # fmt: skip
-        first = self._op("Sub", [before, one], "slot_of_token", i64, shape)
-        behind = self._op("Sub", [self._op("Add", [all_mine, count], "after_tokens", i64, shape), one],
-                          "slot_of_padding", i64, shape)  # fmt: skip
-        is_token = self._op("Cast", [mine], "is_token", ir.DataType.BOOL, shape, to=int(ir.DataType.BOOL))
-        slots = self._op("Where", [is_token, first, behind], "slots", i64, shape)
-        self._ids = self._op("ScatterElements", [self._tokens, slots, self._tokens], "ordered_ids", None, shape, axis=1)
+        # Sorting ones before zeros; TopK keeps equals in their order (ONNX operator TopK-11).
+        mine = self._op("Slice", [mask, past, total, one], "new_tokens", i64, shape)
+        order = self._sorted(mine, new, "order", largest=1)
+        back = self._sorted(order, new, "given_order", largest=0)
+        self._back = self._op("Unsqueeze", [back, self._constant("last_axis", [-1])], "rows", i64, [*shape, 1])
+        self._ids = self._op("GatherElements", [self._tokens, order], "ordered_ids", self._tokens.dtype, shape, axis=1)
         if given is not None:
-            self.positions = self._op(
-                "ScatterElements", [given, slots, given], "ordered_positions", None, shape, axis=1
-            )
-        else:
-            step = [
-                self._constant("from", 0),
-                self._op("Squeeze", [new], "new_length", i64, []),
-                self._constant("by", 1),
-            ]
-            ahead = self._op("Range", step, "ahead", i64, [sequence])
-            rows = self._op("Unsqueeze", [counted, one], "rows", i64, [batch, 1])
-            self.positions = self._op("Add", [rows, ahead], "positions", i64, shape)
-        self._slots = self._op("Unsqueeze", [slots, self._constant("last", [-1])], "slots_of", i64, [*shape, 1])
+            self.positions = self._op("GatherElements", [given, order], "ordered_positions", given.dtype, shape, axis=1)
+            return
+        zero_axis, by = self._constant("from", 0), self._constant("by", 1)
+        end = self._op("Squeeze", [new], "new_length", i64, [])
+        ahead = self._op("Range", [zero_axis, end, by], "ahead", i64, [sequence])
+        start = self._op("Unsqueeze", [counted, one], "start", i64, [batch, 1])
+        self.positions = self._op("Add", [start, ahead], "positions", i64, shape)
+
+    def _sorted(self, value: ir.Value, count: ir.Value, base: str, *, largest: int) -> ir.Value:
+        """The positions of the numbers of each row in sorted order."""
+        name = self._names.fresh(f"token_order/{base}")
+        outputs = [
+            ir.Value(name=f"{name}_{word}", shape=value.shape, type=ir.TensorType(ir.DataType.INT64))
+            for word in ("values", "indices")
+        ]
+        attributes = {"axis": 1, "largest": largest, "sorted": 1}
+        self._add(ir.node("TopK", [value, count], attributes=attributes, outputs=outputs, name=name))
+        return outputs[1]
 
     def restore(self, output: ir.Value) -> None:
         """Puts the rows of what ``output`` is computed from back into the caller's order.
@@ -95,9 +97,9 @@ class TokenOrder:
         readers = [(use.node, use.idx) for use in value.uses()]
         name = self._names.fresh(f"{value.name}_given_order")
         node = make_node(
-            "GatherND", [value, self._slots], name=name, output=name, like=value, attributes={"batch_dims": 1}
+            "GatherND", [value, self._back], name=name, output=name, like=value, attributes={"batch_dims": 1}
         )
-        node.metadata_props["onnxlathe.pass"] = self._by
+        node.metadata_props[PASS_KEY] = self._by
         maker = value.producer()
         if maker is None:
             raise ValueError(f"{value.name} is a graph input")
@@ -133,9 +135,12 @@ class TokenOrder:
             dtype=dtype if dtype is not None else inputs[0].dtype,
             attributes=attributes,
         )
-        node.metadata_props["onnxlathe.pass"] = self._by
-        self._nodes.append(node)
+        self._add(node)
         return node.outputs[0]
+
+    def _add(self, node: ir.Node) -> None:
+        node.metadata_props[PASS_KEY] = self._by
+        self._nodes.append(node)
 
 
 def _before_head(output: ir.Value) -> ir.Value:

@@ -104,7 +104,7 @@ def make_feeds(model: ir.Model, seed: int = 0, count: int = 2, sizes: Mapping[st
         ModelError: an input type this function cannot make (strings, sequences).
     """
     rng = np.random.default_rng(seed)
-    limits = _index_limits(model)
+    limits = index_limits(model)
     cached = any(_PAST.search(value.name or "") for value in model.graph.inputs)
     samples: list[Feeds] = []
     for number in range(count):
@@ -155,7 +155,7 @@ def _pad_on_the_left(sample: Feeds) -> None:
                 sample[other] = counted[:, -positions.shape[1] :].astype(positions.dtype)
 
 
-def _index_limits(model: ir.Model) -> dict[str, int]:
+def index_limits(model: ir.Model) -> dict[str, int]:
     """For each integer input that indexes a table (Gather, through casts and reshapes): the table's smallest size."""
     limits: dict[str, int] = {}
     for source in model.graph.inputs:

@@ -21,7 +21,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The benchmarks are scripts beside each other, not a package."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield
-    for name in ("harness", "peers", "synthetic"):
+    for name in ("decoder_models", "decoder_worker", "harness", "peers", "synthetic", "worker"):
         sys.modules.pop(name, None)
 
 
@@ -60,3 +60,32 @@ def test_tools_run_in_a_process_of_their_own(tmp_path: Path) -> None:
     done = prepare("onnxlathe basic", source, tmp_path / "out.onnx", "ours")
     assert done["nodes"] < 300 and done["seconds"] > 0 and done["private_bytes"] > 0
     assert "KeyError" in prepare("no such tool", source, tmp_path / "out.onnx", "ours")["failure"]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_decoder_sides_compute_what_torch_does(in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after DRIFT steps, when a side begins at the past again."""
+    from cached_decoders import grouped, tiny
+    from decoder_models import describe  # type: ignore[import-not-found]
+    from decoder_worker import DRIFT, LatheLoop, Ort, Torch, TorchLoop  # type: ignore[import-not-found]
+
+    import onnxlathe as lathe
+
+    tiny().save_pretrained(tmp_path / "hf")
+    model = grouped(tiny(), rotary=True) if in_place else lathe.export_causal_lm(tiny(), check=False)
+    path = save(model, tmp_path / "model.onnx")
+    assert ("cache in place" in describe(path)) is in_place
+    ids = np.random.default_rng(0).integers(3, 512, (2, 12))
+    graph, torch = Ort(str(path), 1), Torch(str(tmp_path / "hf"), 1)
+    prefill = {"prompt": ids[:, :-1]}
+    np.testing.assert_allclose(graph(prefill), torch(prefill), rtol=1e-3, atol=1e-3)
+    decode = {**prefill, "token": ids[:, -1:]}
+    expected = torch(decode)
+    steps = [np.array(graph(decode)) for _ in range(DRIFT + 1)]
+    again = steps[1:] if in_place else steps[-1:]
+    for step in (steps[0], *again):
+        np.testing.assert_allclose(step, expected, rtol=1e-3, atol=1e-3)
+    case = {"prompt": ids, "new": np.array(6), "steps": np.array(1)}
+    ours, theirs = LatheLoop(str(path), 1), TorchLoop(str(tmp_path / "hf"), 1)
+    np.testing.assert_array_equal(ours(case), theirs(case))
+    assert len(ours.timed(case, 20)) >= 20

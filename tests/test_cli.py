@@ -85,6 +85,58 @@ def test_export_from_a_file(command: object, tmp_path: Path) -> None:
     assert str(load(tmp_path / "net.onnx").graph.inputs[0].shape) == "[batch,4]"
 
 
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260k as ``export`` leaves it."""
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("stories") / "stories.onnx"
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxlathe", "export", "zoo:stories260k", "-o", path], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--prompt" in done.stdout, done.stderr
+    return path
+
+
+def test_run_continues_a_prompt(command: object, stories: Path, tmp_path: Path) -> None:
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    ask = ["--prompt", "Once upon a time", "--threads", "1"]
+    code, out, err = command("run", stories, *ask, "--max-new-tokens", 40)  # type: ignore[operator]
+    assert code == 0 and out.startswith(text) and "5 tokens read" in err and "40 written" in err
+
+    sampled = ["--temperature", "1", "--top-k", "40", "--top-p", "0.9", "--chunk", "2", "--max-new-tokens", "30"]
+    first, second, third = (command("run", stories, *ask, *sampled, "--seed", seed)[1] for seed in (3, 3, 4))  # type: ignore[operator]
+    assert first == second != third
+
+    (tmp_path / "elsewhere").mkdir()
+    compiled = tmp_path / "elsewhere" / "compiled.onnx"
+    code, _, _ = command("compile", stories, "-o", compiled, "--passes", "cleanup")  # type: ignore[operator]
+    code, out, _ = command("run", compiled, *ask, "--max-new-tokens", 20)  # type: ignore[operator]
+    assert code == 0 and text.startswith(out.strip())
+    (compiled.parent / "tokenizer.json").unlink()
+    code, out, err = command("run", compiled, *ask)  # type: ignore[operator]
+    assert code == 2 and not out and "no tokenizer" in err and "--tokenizer" in err
+    code, out, _ = command("run", compiled, *ask, "--tokenizer", stories.parent, "--max-new-tokens", 5)  # type: ignore[operator]
+    assert code == 0 and text.startswith(out.strip())
+    code, _, err = command("run", stories, *ask, "--samples", "x.npz")  # type: ignore[operator]
+    assert code == 2 and "neither --samples nor --output" in err
+
+
+def test_ctrl_c_keeps_the_text(stories: Path) -> None:
+    ask = [sys.executable, "-m", "onnxlathe", "run", stories, "--prompt", "Once upon a time", "--threads", "1"]
+    process = subprocess.Popen(
+        [*ask, "--max-new-tokens", "100000", "--temperature", "3", "--seed", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=default_sigint,
+    )
+    assert process.stdout is not None
+    begun = process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"stopped" in err and b"Traceback" not in err
+    assert (begun + rest).startswith(b"Once upon a time") and rest.endswith(b"\n")
+
+
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
