@@ -137,7 +137,10 @@ def _unfit(node: ir.Node, x: ir.Value) -> str:
 
 
 def _table(node: ir.Node, found: dict[ir.Value, Weight]) -> None:
-    value = node.inputs[0]
+    """A Gather of rows, from the initializer or, as genai's builder ties it to the head, from its Transpose."""
+    table = node.inputs[0]
+    transpose = producer(table, "Transpose")
+    value = transpose.inputs[0] if transpose is not None else table
     if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
         return
     shape = dims(value)
@@ -145,9 +148,10 @@ def _table(node: ir.Node, found: dict[ir.Value, Weight]) -> None:
         return
     if producer(node.inputs[1], "Constant") is not None or integers(node.inputs[1]) is not None:
         return  # a constant row, which constant folding takes
-    rows, width = (int(dim) for dim in shape if isinstance(dim, int))
-    weight = found.setdefault(value, Weight(value, rows, width, True))
-    if weight.by_outputs:
+    by_outputs = transpose is None
+    rows, width = (int(dim) for dim in (shape if by_outputs else shape[::-1]) if isinstance(dim, int))
+    weight = found.setdefault(value, Weight(value, rows, width, by_outputs))
+    if weight.by_outputs == by_outputs:
         weight.gathers.append(node)
 
 
