@@ -1,8 +1,8 @@
 """AWQ: inputs that are large get finer weights; their scales go into what makes the inputs.
 
-Source: Lin et al., AWQ (2306.00978): ``W' = W diag(s)``, ``x' = x / s``, ``s_j = mean|x_j|^a``, with the exponent a that
-gives the smallest output error after quantization. a = 0 is among the choices, so it is never worse than rounding on the
-calibration data.
+Source: Lin et al., AWQ (2306.00978): ``W' = W diag(s)``, ``x' = x / s``, ``s_j = mean|x_j|^a``, with the exponent a
+that gives the smallest output error after quantization. a = 0 is among the choices, so it is never worse than rounding
+on the calibration data.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Upstream:
         node = x.producer()
         kind = (node.op_type, node.domain) if node is not None else ("", "")
         if node is not None and kind in _NORMALIZATIONS:
-            used = [index for index in _NORMALIZATIONS[kind] if index < len(node.inputs) and node.inputs[index] is not None]
+            used = [
+                index for index in _NORMALIZATIONS[kind] if index < len(node.inputs) and node.inputs[index] is not None
+            ]
             self.constants = [(node, index) for index in used]
         elif node is not None and is_op(node, "Mul"):
             self._product_or_scale(node, x)

@@ -50,7 +50,9 @@ class FewLevelWeights(Pass):
         choices = usable(model, choices, "operator", outcome)
         if bits == 2 and self.block_size in (16, 256):
             for choice in choices:
-                reason = f"the CPU provider has no kernel for 2 bits in blocks of {self.block_size} and would dequantize "
+                reason = (
+                    f"the CPU provider has no kernel for 2 bits in blocks of {self.block_size} and would dequantize "
+                )
                 outcome.refuse(choice.weight.linears[0].node, self.levels, reason + "on every run: take 32, 64 or 128")
             return outcome
         writer = Writer(model, self.name, "operator", self.accuracy_level)

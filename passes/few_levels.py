@@ -1,7 +1,7 @@
 """Binary, ternary and mid-rise two-bit weights, as codes of kernels that exist.
 
-ONNX Runtime has no kernel of one bit, and none of two bits with half-way zero points; these are grids of MatMulNBits that
-it does execute:
+ONNX Runtime has no kernel of one bit, and no fast one of two bits with half-way zero points; these are grids of
+MatMulNBits that it does execute:
 
 ====================  ======================  ============================  ==================
 weights               codes                   best scale                    stored as
@@ -66,7 +66,7 @@ def _ternary(w: Array, real: Array) -> tuple[Array, Array]:
 
 
 def _midrise(w: Array, real: Array) -> tuple[Array, Array]:
-    """Four levels half a step off zero; scale and codes in turns from the best of a Gaussian (0.996 deviations a step)."""
+    """Four levels half a step off zero; scale and codes in turns, from the best step of a Gaussian (0.996 deviations)."""
     deviation = np.sqrt((w**2).sum(axis=-1) / np.maximum(real.sum(axis=-1), 1))
     step = 0.996 * deviation
     level = np.zeros_like(w)

@@ -1,8 +1,8 @@
 """HQQ: a grid found from the weight alone, which lets few large weights be wrong so that the many others are right.
 
 Source: Badri and Shaji, Half-Quadratic Quantization (mobiusml.github.io/hqq_blog, 2023): minimise ``|| W - Q ||_p^p``,
-p = 0.7, by splitting off the large errors, ``E = shrink(W - Q)``, and fitting the grid to ``W - E``. There the zero point
-is a float and the scale stays; kernels that run packed codes take an integer zero point, so here both are fitted.
+p = 0.7, by splitting off the large errors, ``E = shrink(W - Q)``, and fitting the grid to ``W - E``. There the zero
+point is a float and the scale stays; kernels that run packed codes take an integer zero point, so here both are fitted.
 """
 
 from __future__ import annotations

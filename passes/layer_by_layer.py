@@ -50,16 +50,17 @@ class Losses:
         if not self.ratios:
             return []
         values = sorted(self.ratios.values())
+        worst = max(self.ratios, key=self.ratios.__getitem__)
         kept = sum(value >= 1 for value in values)
         lines = [
             f"layer loss / that of plain rounding on {self.tokens} calibration tokens: median "
-            f"{values[len(values) // 2]:.2f}, largest {values[-1]:.2f} ({max(self.ratios, key=self.ratios.__getitem__)}); "
+            f"{values[len(values) // 2]:.2f}, largest {values[-1]:.2f} ({worst}); "
             f"plain rounding kept in {kept} of {len(values)}"
         ]
         if self.thin:
             lines.append(
-                f"{len(self.thin)} layers have fewer calibration tokens ({self.tokens}) than inputs, {self.thin[0]} for "
-                "one: their Hessians are damped, but more samples would serve them better"
+                f"{len(self.thin)} layers have fewer calibration tokens ({self.tokens}) than inputs, {self.thin[0]} for one: "
+                "their Hessians are damped, but more samples would serve them better"
             )
         return lines
 

@@ -65,7 +65,9 @@ class Weight:
         known = {linear.node for linear in self.linears} | set(self.gathers)
         found: list[ir.Node] = []
         for use in self.value.uses():
-            readers = [inner.node for inner in use.node.outputs[0].uses()] if is_op(use.node, "Transpose") else [use.node]
+            readers = (
+                [inner.node for inner in use.node.outputs[0].uses()] if is_op(use.node, "Transpose") else [use.node]
+            )
             found += [node for node in readers if node not in known]
         return found
 
@@ -100,7 +102,9 @@ def _linear(node: ir.Node, found: dict[ir.Value, Weight], outcome: Outcome) -> N
         return  # a product of two activations: nothing to report
     reason = _unfit(node, x)
     transpose = producer(right, "Transpose")
-    value = transpose.inputs[0] if transpose is not None and list(attribute(transpose, "perm", (1, 0))) == [1, 0] else right
+    value = (
+        transpose.inputs[0] if transpose is not None and list(attribute(transpose, "perm", (1, 0))) == [1, 0] else right
+    )
     if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
         reason = f"the weight {right.name} is not a constant"
     elif value.dtype not in _FLOATS:

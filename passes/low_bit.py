@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ..compiler.base import Feeds, Outcome, PassContext
 from ..compiler.graph import opset, remove_dead
-from ..runtime.errors import PassError
+from ..runtime.errors import ModelError, PassError
 from ..runtime.feeds import make_feeds
 from .blockwise import Grid, searched_grid, stored_bytes
 from .hqq import hqq_grid
@@ -151,8 +151,7 @@ def _codes(
         rest = [weight.name for weight in requests if weight not in coded]
         if rest:
             outcome.notes.append(
-                f"{len(rest)} weights rounded instead, {rest[0]} for one: in a body of If or Loop, or used with several "
-                "inputs"
+                f"{len(rest)} weights rounded instead, {rest[0]} for one: in a body of If or Loop, or with several inputs"
             )
     for number, (weight, request) in enumerate(requests.items()):
         if weight not in coded:
@@ -182,10 +181,18 @@ def _choose_levels(
     squared error for outputs that are not logits). Where that is too much, halves of the products are tried, and halves
     of those.
     """
-    samples = effect_samples(model, context)
     context.progress("measuring accuracy_level 4")
-    by_bits = OutputEffect(original, samples, context.device, context.threads)(model)
-    effect = OutputEffect(model, samples, context.device, context.threads)
+    try:
+        samples = effect_samples(model, context)
+        by_bits = OutputEffect(original, samples, context.device, context.threads)(model)
+        effect = OutputEffect(model, samples, context.device, context.threads)
+    except ModelError as error:
+        if next(iter(context.feeds), None) is not None:
+            raise
+        outcome.notes.append(
+            f"accuracy_level stays 0, the slow one: without calibration samples its effect is unknown ({error.what})"
+        )
+        return
     budget = max(0.05 * by_bits, 1e-4)
     unit = "nats a token" if effect.is_logits else "relative squared error"
     summary = f"the low bits change {effect.output!r} by {by_bits:.2g} {unit}"

@@ -40,8 +40,8 @@ class MixedPrecision(Pass):
        quantized: mean Kullback-Leibler divergence for logits, relative squared error for other outputs.
     2. ``minimise sum of effects, subject to sum of costs <= budget, one option a weight`` is solved exactly
        (scipy.optimize.milp).
-    3. Weights with the same input (Q, K, V; gate, up) share bits, so that fusions may merge them, and so do an embedding
-       and the head tied to it.
+    3. Weights with the same input (Q, K, V; gate, up) share bits, so that fusions may merge them, and so do an
+       embedding and the head tied to it.
 
     Pays like QuantizeWeights: at the size of uniform 4 bits the output is closer to the original. Latency is that of
     single products for one row, measured on this machine.
@@ -92,7 +92,9 @@ class MixedPrecision(Pass):
         effects = _effects(model, groups, options, self.symmetric, effect, context)
         picked = solve(effects, costs, self.budget * scale)
         choices = [
-            self._choice(weight, options[index]) for group, index in zip(groups, picked, strict=True) for weight in group
+            self._choice(weight, options[index])
+            for group, index in zip(groups, picked, strict=True)
+            for weight in group
         ]
         choices = usable(model, choices, "operator", outcome)
         if not choices:

@@ -1,4 +1,4 @@
-"""Writes quantized weights into a graph: MatMulNBits, DequantizeLinear in front of the product, GatherBlockQuantized."""
+"""Writes quantized weights into a graph: as MatMulNBits, DequantizeLinear + product, or GatherBlockQuantized."""
 
 from __future__ import annotations
 
@@ -127,7 +127,9 @@ class Writer:
                 shape = [weight.outputs, weight.inputs * grid.bits // 8]
                 sizes = add_initializer(old.graph, self._names, f"{weight.name}_table_shape", np.array(shape, np.int64))
                 name = self._names.fresh(f"{weight.name}_table")
-                new.append(make_node("Reshape", [data, sizes], name=name, output=f"{name}_rows", like=data, shape=shape))
+                new.append(
+                    make_node("Reshape", [data, sizes], name=name, output=f"{name}_rows", like=data, shape=shape)
+                )
                 rows = new[-1].outputs[0]
             operands = [rows, old.inputs[1], scales, *([zero_points] if zero_points is not None else [])]
             name = self._names.fresh(f"{old.name}_q{grid.bits}")
@@ -203,8 +205,8 @@ def drop_unused(value: ir.Value) -> None:
     """Removes an initializer that nobody reads any more, and a Transpose of it that nobody reads."""
     for use in list(value.uses()):
         node = use.node
-        if is_op(node, "Transpose") and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
-            if isinstance(node.graph, ir.Graph):
-                node.graph.remove(node, safe=True)
+        read = bool(node.outputs[0].uses()) or node.outputs[0].is_graph_output()
+        if is_op(node, "Transpose") and not read and isinstance(node.graph, ir.Graph):
+            node.graph.remove(node, safe=True)
     if isinstance(value.graph, ir.Graph) and not value.uses() and not value.is_graph_output():
         value.graph.initializers.pop(value.name or "", None)

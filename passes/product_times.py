@@ -29,7 +29,9 @@ def product_seconds(
         device, threads: where to run.
     """
     weight = np.random.default_rng(0).standard_normal((outputs, inputs)).astype(np.float32)
-    model = _float_model(weight) if bits == 16 else _quantized_model(weight, minmax_grid(weight, bits, block_size, False))
+    model = (
+        _float_model(weight) if bits == 16 else _quantized_model(weight, minmax_grid(weight, bits, block_size, False))
+    )
     options = session_options(threads=threads)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=providers_for(device))
     feeds = {"x": np.ones((1, inputs), np.float32)}
@@ -52,9 +54,7 @@ def _quantized_model(weight: np.ndarray, grid: Grid) -> onnx.ModelProto:
     names = ["x", "codes", "scales", "zero_points"]
     node = onnx.helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4, **sizes)
     packed = pack_codes(grid.round(weight), grid)
-    return _model(
-        node, {"codes": packed, "scales": grid.scales, "zero_points": pack_zero_points(grid)}, weight.shape
-    )
+    return _model(node, {"codes": packed, "scales": grid.scales, "zero_points": pack_zero_points(grid)}, weight.shape)
 
 
 def _model(node: onnx.NodeProto, initializers: dict[str, np.ndarray], shape: tuple[int, ...]) -> onnx.ModelProto:

@@ -43,11 +43,11 @@ class QuantizeKVCache(Pass):
     """Keeps the key/value cache as int8: 0.25 x of its float32 bytes.
 
     1. ``GroupQueryAttention(..., past_key, past_value, ...)`` -> the same with int8 caches and constant scales, one per
-       head and channel: of ``scale = share * max |x| / 127`` the one of least squared error over the calibration samples.
-       Keys are measured as they are cached, after the rotary embedding.
+       head and channel: of ``scale = share * max |x| / 127`` the one of least squared error over the calibration
+       samples. Keys are measured as they are cached, after the rotary embedding.
 
-    The inputs ``past_key_values.*`` and outputs ``present.*`` become int8; ``Session.generate`` takes them as they are. A
-    new token is rounded once, when it is appended; what is in the cache is never rounded again. Values beyond the
+    The inputs ``past_key_values.*`` and outputs ``present.*`` become int8; ``Session.generate`` takes them as they are.
+    A new token is rounded once, when it is appended; what is in the cache is never rounded again. Values beyond the
     calibrated range saturate, so calibrate with texts as long and as varied as those to come.
 
     Refused: caches that anything but one GroupQueryAttention reads, or whose results are used inside the graph.
@@ -125,9 +125,7 @@ def _scales(model: ir.Model, caches: list[_Cache], context: PassContext) -> dict
         added = np.stack([_squared_error(array, largest[name] * share / LIMIT) for share in _SHARES])
         errors[name] = errors[name] + added if name in errors else added
     shares = np.array(_SHARES)
-    return {
-        name: (largest[name] * shares[errors[name].argmin(axis=0)] / LIMIT).astype(np.float32) for name in largest
-    }
+    return {name: (largest[name] * shares[errors[name].argmin(axis=0)] / LIMIT).astype(np.float32) for name in largest}
 
 
 def _squared_error(array: Array, scale: Array) -> Array:

@@ -21,11 +21,11 @@ class QuantizeWeights(Pass):
     """Stores the weights of linear layers in blocks of low-bit codes, each with a scale and a zero point.
 
     1. ``x W``, ``Gemm(x, W, b)`` with a constant W -> ``MatMulNBits(x, codes, scales, zero points, b)``.
-    2. ``Gather(W, ids)`` -> ``GatherBlockQuantized``; a table that is also the head (tied embeddings) is stored once where
-       both have the same bits.
+    2. ``Gather(W, ids)`` -> ``GatherBlockQuantized``; a table that is also the head (tied embeddings) is stored once
+       where both have the same bits.
 
-    Pays on the CPU provider in speed for few rows (decoding reads fewer bytes) and everywhere in size. Two bits lose too
-    much quality for most models without training; see MixedPrecision, which gives them to the layers that bear it.
+    Pays on the CPU provider in speed for few rows (decoding reads fewer bytes) and everywhere in size. Two bits lose
+    too much quality for most models without training; see MixedPrecision, which gives them to the layers that bear it.
 
     Refused: weights that are not constant, that would not get smaller, operands of unknown rank.
 
@@ -35,8 +35,8 @@ class QuantizeWeights(Pass):
         bits: of the products inside the model; 16 leaves them float.
         block_size: inputs that share a scale.
         symmetric: no zero points: a little smaller, a little worse.
-        method: how codes are found. rtn: the nearest, on the range of least squared error. hqq: robust to large weights.
-            awq: finer where inputs are large. gptq: least error of the layer's output, the best. awq and gptq need
+        method: how codes are found. rtn: the nearest, on the range of least squared error. hqq: robust to large
+            weights. awq: finer where inputs are large. gptq: least error of the layer's output, the best. awq and gptq need
             calibration samples.
         head_bits: of products that are outputs of the model (logits).
         embedding_bits: of tables.

@@ -126,7 +126,7 @@ class Stream:
 
 
 def token_rows(array: Array, feeds: Feeds) -> Array:
-    """``array`` [..., K] as [tokens, K], float32, without the tokens that ``feeds["attention_mask"]`` marks as padding."""
+    """``array`` [..., K] as [tokens, K], float32, without what ``feeds["attention_mask"]`` marks as padding."""
     rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
     mask = feeds.get("attention_mask")
     if mask is None or array.ndim != 3 or mask.ndim != 2:

@@ -65,11 +65,11 @@ def test_tools_run_in_a_process_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_place", [True, False])
 def test_decoder_sides_compute_what_torch_does(in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after DRIFT steps, when a side begins at the past again."""
-    from cached_decoders import grouped, tiny
     from decoder_models import describe  # type: ignore[import-not-found]
     from decoder_worker import DRIFT, LatheLoop, Ort, Torch, TorchLoop  # type: ignore[import-not-found]
 
     import onnxlathe as lathe
+    from cached_decoders import grouped, tiny
 
     tiny().save_pretrained(tmp_path / "hf")
     model = grouped(tiny(), rotary=True) if in_place else lathe.export_causal_lm(tiny(), check=False)

@@ -10,7 +10,6 @@ from onnxruntime.capi import _pybind_state as native
 
 from onnxlathe.passes.blockwise import (
     BITS,
-    BLOCK_SIZES,
     Grid,
     minmax_grid,
     pack_codes,

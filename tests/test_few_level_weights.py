@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from low_bit_models import block, block_feeds
+
 from onnxlathe.passes import FewLevelWeights
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 from rewriting import from_text, ops, refused, rewrite

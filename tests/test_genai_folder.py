@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
-from cached_decoders import grouped, tiny
 
 import onnxlathe as lathe
+from cached_decoders import grouped, tiny
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.genai_folder import save_genai
 

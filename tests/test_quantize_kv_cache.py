@@ -25,6 +25,7 @@ g (float[b, s, {HEADS * SIZE}] q, float[b, s, {KV_HEADS * SIZE}] k, float[b, s, 
     q, k, v, past_key, past_value, lengths, total)
 }}"""
 RNG = np.random.default_rng(0)
+SPREAD = np.exp(RNG.standard_normal(KV_HEADS * SIZE)).astype(np.float32)  # of the keys' channels
 
 
 def model() -> ir.Model:
@@ -34,14 +35,13 @@ def model() -> ir.Model:
 
 
 def sample(length: int, past: int = 0) -> dict[str, np.ndarray]:
-    spread = np.exp(RNG.standard_normal(KV_HEADS * SIZE)).astype(np.float32)
     arrays = {
         "q": RNG.standard_normal((1, length, HEADS * SIZE)).astype(np.float32),
-        "k": RNG.standard_normal((1, length, KV_HEADS * SIZE)).astype(np.float32) * spread,
+        "k": RNG.standard_normal((1, length, KV_HEADS * SIZE)).astype(np.float32) * SPREAD,
         "v": RNG.standard_normal((1, length, KV_HEADS * SIZE)).astype(np.float32),
     }
-    for name in ("past_key", "past_value"):
-        arrays[name] = RNG.standard_normal((1, KV_HEADS, past, SIZE)).astype(np.float32)
+    for name, spread in (("past_key", SPREAD.reshape(KV_HEADS, 1, SIZE)), ("past_value", np.float32(1))):
+        arrays[name] = RNG.standard_normal((1, KV_HEADS, past, SIZE)).astype(np.float32) * spread
     return {**arrays, "lengths": np.array([past + length - 1], np.int32), "total": np.array(past + length, np.int32)}
 
 
