@@ -66,7 +66,7 @@ def _ternary(w: Array, real: Array) -> tuple[Array, Array]:
 
 
 def _midrise(w: Array, real: Array) -> tuple[Array, Array]:
-    """Four levels half a step off zero; scale and codes in turns, from the best step of a Gaussian (0.996 deviations)."""
+    """Levels half a step off zero; scale and codes in turns, from the best step of a Gaussian (0.996 deviations)."""
     deviation = np.sqrt((w**2).sum(axis=-1) / np.maximum(real.sum(axis=-1), 1))
     step = 0.996 * deviation
     level = np.zeros_like(w)

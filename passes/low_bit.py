@@ -151,7 +151,7 @@ def _codes(
         rest = [weight.name for weight in requests if weight not in coded]
         if rest:
             outcome.notes.append(
-                f"{len(rest)} weights rounded instead, {rest[0]} for one: in a body of If or Loop, or with several inputs"
+                f"{len(rest)} weights rounded instead, {rest[0]} for one: in a body, or with several inputs"
             )
     for number, (weight, request) in enumerate(requests.items()):
         if weight not in coded:

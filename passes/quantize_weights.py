@@ -36,8 +36,8 @@ class QuantizeWeights(Pass):
         block_size: inputs that share a scale.
         symmetric: no zero points: a little smaller, a little worse.
         method: how codes are found. rtn: the nearest, on the range of least squared error. hqq: robust to large
-            weights. awq: finer where inputs are large. gptq: least error of the layer's output, the best. awq and gptq need
-            calibration samples.
+            weights. awq: finer where inputs are large. gptq: least error of the layer's output, the best. The last two
+            need calibration samples.
         head_bits: of products that are outputs of the model (logits).
         embedding_bits: of tables.
         form: operator writes MatMulNBits; qdq writes DequantizeLinear (opset 21, for 2 bits 25), which ONNX Runtime
