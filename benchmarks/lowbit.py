@@ -4,8 +4,8 @@
     python benchmarks/lowbit.py --quick                           # few stories, few settings
 
 Every file is run by the same plain onnxruntime without its optimizations, with accuracy_level 0, so that only the
-weights differ. Calibration and judgement use different stories. The embedding and the head stay float unless the row says
-otherwise. ``bits`` counts codes, scales and zero points of the quantized weights.
+weights differ. Calibration and judgement use different stories. Embedding and head stay float unless the row says so.
+Bytes are those of the whole file's weights.
 """
 
 from __future__ import annotations

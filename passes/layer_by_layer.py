@@ -59,8 +59,8 @@ class Losses:
         ]
         if self.thin:
             lines.append(
-                f"{len(self.thin)} layers have fewer calibration tokens ({self.tokens}) than inputs, {self.thin[0]} for "
-                "one: their Hessians are damped; more samples would help"
+                f"{len(self.thin)} layers have fewer calibration tokens ({self.tokens}) than inputs, {self.thin[0]} "
+                "for one: their Hessians are damped; more samples would help"
             )
         return lines
 
