@@ -78,7 +78,7 @@ class Weight:
             raise ValueError(f"{self.name} has no data")
         return np.ascontiguousarray(array if self.by_outputs else array.T, np.float32)
 
-    def stored(self, matrix: Array) -> ir.Tensor:
+    def stored(self, matrix: Array) -> ir.TensorProtocol:
         """``matrix`` [N, K] as a tensor laid out and typed as the initializer is."""
         array = matrix if self.by_outputs else matrix.T
         dtype = self.value.dtype or ir.DataType.FLOAT

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -243,7 +243,7 @@ def _set_level(nodes: Sequence[ir.Node], level: int) -> None:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
 
 
-def _qdq_level(level: int) -> Mapping[str, object] | dict[str, object]:
+def _qdq_level(level: int) -> dict[str, Any]:
     return {"config_entries": {"session.qdq_matmulnbits_accuracy_level": str(level)}}
 
 

@@ -33,7 +33,8 @@ class OutputEffect:
     """
 
     def __init__(self, model: ir.Model, feeds: Iterable[Feeds], device: Device = "cpu", threads: int = 0) -> None:
-        self._device, self._threads = device, threads
+        self._device: Device = device
+        self._threads = threads
         self.output, self.is_logits = _compared_output(model)
         self._samples: list[tuple[Feeds, np.ndarray]] = []
         session = open_session(model, session_options(threads=threads, ort_config=PATIENT), device)

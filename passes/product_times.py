@@ -52,7 +52,8 @@ def _float_model(weight: np.ndarray) -> onnx.ModelProto:
 def _quantized_model(weight: np.ndarray, grid: Grid) -> onnx.ModelProto:
     sizes = {"N": weight.shape[0], "K": weight.shape[1], "bits": grid.bits, "block_size": grid.block_size}
     names = ["x", "codes", "scales", "zero_points"]
-    node = onnx.helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4, **sizes)
+    node = onnx.helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", accuracy_level=4)
+    node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in sizes.items())
     packed = pack_codes(grid.round(weight), grid)
     return _model(node, {"codes": packed, "scales": grid.scales, "zero_points": pack_zero_points(grid)}, weight.shape)
 
