@@ -8,6 +8,7 @@ of com.microsoft.MatMulNBits and GatherBlockQuantized.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ Array = np.ndarray[Any, Any]
 
 BITS = (2, 4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+_ROWS = 4096
 _ROWS_BYTES = 1 << 21  # a slab of rows that stays in the cache while its grid is searched
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.67, 0.6, 0.52)
 
@@ -51,15 +53,31 @@ class Grid:
         numbers = np.arange(self.scales.shape[1] * self.block_size)[inputs] // self.block_size
         return self.scales[:, numbers], self.zero_points[:, numbers].astype(np.float32)
 
+    def rows(self, rows: slice) -> Grid:
+        """The grid of some rows."""
+        return dataclasses.replace(self, scales=self.scales[rows], zero_points=self.zero_points[rows])
+
     def round(self, weight: Array) -> Array:
         """The nearest codes, uint8 [N, K], for a weight [N, K]."""
-        scale, zero = self.columns(slice(weight.shape[1]))
-        return np.clip(np.rint(weight / scale) + zero, 0, self.top).astype(np.uint8)
+        codes = np.empty(weight.shape, np.uint8)
+        for rows in slabs(len(weight)):
+            scale, zero = self.rows(rows).columns(slice(weight.shape[1]))
+            codes[rows] = np.clip(np.rint(weight[rows] / scale) + zero, 0, self.top)
+        return codes
 
     def decode(self, codes: Array) -> Array:
         """The weight, float32 [N, K], that ``codes`` stand for."""
-        scale, zero = self.columns(slice(codes.shape[1]))
-        return (codes.astype(np.float32) - zero) * scale
+        weight = np.empty(codes.shape, np.float32)
+        for rows in slabs(len(codes)):
+            scale, zero = self.rows(rows).columns(slice(codes.shape[1]))
+            weight[rows] = (codes[rows] - zero) * scale
+        return weight
+
+
+def slabs(rows: int) -> Iterator[slice]:
+    """Slices of some thousand rows: what is computed on the way stays small beside the weight."""
+    for start in range(0, rows, _ROWS):
+        yield slice(start, start + _ROWS)
 
 
 def stored_bytes(shape: tuple[int, int], bits: int, block_size: int, symmetric: bool) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .blockwise import Grid
+from .blockwise import Grid, slabs
 
 Array = np.ndarray[Any, Any]
 _BLOCK = 64  # columns between two updates of the rest of the weight
@@ -90,7 +90,8 @@ def asymmetric_target(weight: Array, inputs: Inputs, cross: Array, alpha: float)
         cross: (Xf - Xq) Xq^T, [K, K].
         alpha: 0 (plain GPTQ) to 1 (all of the difference).
     """
-    return (weight + alpha * (weight @ np.linalg.solve(inputs.damped, cross.T).T)).astype(np.float32)
+    correction = (alpha * np.linalg.solve(inputs.damped, cross.T).T).astype(np.float32)
+    return weight + weight @ correction
 
 
 def row_losses(weight: Array, quantized: Array, hessian: Array) -> Array:
@@ -170,19 +171,33 @@ def refit_scales(weight: Array, inputs: Inputs, grid: Grid, codes: Array) -> Gri
     return dataclasses.replace(grid, scales=np.where(np.abs(scales) > 1e-20, scales, grid.scales))
 
 
-def fit(weight: Array, inputs: Inputs, grids: Sequence[Grid], rounds: int = 3) -> Fit:
+def fit(weight: Array, inputs: Inputs, bound: Grid, starts: Sequence[Grid], rounds: int = 3) -> Fit:
     """GPTQ on static grids, then ``rounds`` of new scales and coordinate descent; no row is worse than its rounding.
 
     Args:
         weight: the target, float32 [N, K].
         inputs: the calibration inputs.
-        grids: starting points; rows are independent, so each takes the one that ends best. Plain rounding on the first
-            is the bound.
+        bound: plain rounding on this grid is what every row is at least as good as.
+        starts: grids to begin with; rows are independent, so each takes the one that ends best.
         rounds: how often scales and codes are refined in turns; only what lowers the loss is kept.
     """
-    codes, grid = grids[0].round(weight), grids[0]
+    parts = [
+        _fit_rows(weight[rows], inputs, bound.rows(rows), [start.rows(rows) for start in starts], rounds)
+        for rows in slabs(len(weight))
+    ]
+    grid = dataclasses.replace(
+        bound,
+        scales=np.concatenate([part.grid.scales for part in parts]),
+        zero_points=np.concatenate([part.grid.zero_points for part in parts]),
+    )
+    codes = np.concatenate([part.codes for part in parts])
+    return Fit(codes, grid, sum(part.loss for part in parts), sum(part.rounded for part in parts))
+
+
+def _fit_rows(weight: Array, inputs: Inputs, bound: Grid, starts: Sequence[Grid], rounds: int) -> Fit:
+    codes, grid = bound.round(weight), bound
     rounded = losses = row_losses(weight, grid.decode(codes), inputs.hessian)
-    for start in grids:
+    for start in starts:
         tried, moving = gptq(weight, inputs, start), start
         for number in range(rounds + 1):
             if number:

@@ -11,13 +11,14 @@ import onnx_ir as ir
 from ..compiler.base import Feeds
 from ..compiler.graph import Array, Names
 from .awq import Upstream, awq_scales, fold_into_constants
-from .blockwise import Grid, minmax_grid, searched_grid
-from .gptq import Inputs, asymmetric_target, fit
+from .blockwise import minmax_grid, searched_grid
+from .gptq import Fit, Inputs, asymmetric_target, fit
 from .linear_weights import Weight
 from .nbits_nodes import Coded
 from .streams import Stream, stage_order, token_rows
 
 _MEMORY = 192 << 20  # bytes of activations kept in memory per stream
+_LARGE = 1 << 18
 _ROUNDS = 2  # of new scales and coordinate descent after GPTQ; more gained nothing on held-out text
 
 
@@ -104,7 +105,7 @@ def gptq_codes(
             weight = request.weight
             matrix = weight.matrix()
             wanted = asymmetric_target(matrix, inputs, cross, target) if cross is not None else matrix
-            found = fit(wanted, inputs, _grids(wanted, inputs, request), rounds=_ROUNDS)
+            found = _fit(wanted, inputs, request)
             coded[weight] = Coded(found.codes, found.grid)
             losses.ratios[weight.name] = found.loss / found.rounded if found.rounded > 0 else 1.0
             if tokens < weight.inputs:
@@ -185,11 +186,12 @@ def _second_and_first(arrays: Iterable[Array], samples: Sequence[Feeds]) -> tupl
     return hessian, magnitude / max(tokens, 1)
 
 
-def _grids(matrix: Array, inputs: Inputs, request: Request) -> list[Grid]:
-    """Starting points: the bound (plain rounding), and the grid of least error weighted by the inputs."""
+def _fit(matrix: Array, inputs: Inputs, request: Request) -> Fit:
+    """From the grid of least error weighted by the inputs; small weights also from that of plain rounding."""
     bits, size, symmetric = request.bits, request.block_size, request.symmetric
     plain = minmax_grid(matrix, bits, size, symmetric)
-    return [plain, searched_grid(matrix, bits, size, symmetric, np.diagonal(inputs.damped))]
+    starts = [searched_grid(matrix, bits, size, symmetric, np.diagonal(inputs.damped))]
+    return fit(matrix, inputs, plain, starts if matrix.size > _LARGE else [*starts, plain], _ROUNDS)
 
 
 def _moments(

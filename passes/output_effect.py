@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +26,7 @@ class OutputEffect:
         model: the original.
         feeds: samples; of large outputs only the first are used.
         device: where to run.
-        ort_config: session options of the models compared.
+        threads: intra-op threads, 0 for ONNX Runtime's default.
 
     Raises:
         ModelError: no float output, or the model does not run.
@@ -46,9 +46,10 @@ class OutputEffect:
             room -= rows.size
             self._samples.append((sample, rows))
 
-    def __call__(self, model: ir.Model) -> float:
-        """The figure for ``model``; infinite where it makes something that is not a number."""
-        session = open_session(model, session_options(threads=self._threads, ort_config=PATIENT), self._device)
+    def __call__(self, model: ir.Model, entries: Mapping[str, str] | None = None) -> float:
+        """The figure for ``model``, run with the session options ``entries``; infinite where it is not a number."""
+        config = {"config_entries": {**PATIENT["config_entries"], **(entries or {})}}
+        session = open_session(model, session_options(threads=self._threads, ort_config=config), self._device)
         return self.of_outputs(run_session(session, sample, [self.output])[self.output] for sample in self.samples)
 
     @property

@@ -67,7 +67,8 @@ def test_better_than_rounding_on_both_samples_and_held_out() -> None:
     held_out = x[:, 2000:]
     x = x[:, :2000]
     inputs = Inputs(x @ x.T)
-    found = fit(weight, inputs, [minmax_grid(weight, 4, 32, False), searched_grid(weight, 4, 32, False)], rounds=2)
+    plain, searched = minmax_grid(weight, 4, 32, False), searched_grid(weight, 4, 32, False)
+    found = fit(weight, inputs, plain, [plain, searched], rounds=2)
     assert found.loss < 0.5 * found.rounded
     grid = minmax_grid(weight, 4, 32, False)
     new = held_out @ held_out.T
@@ -118,7 +119,7 @@ def test_no_row_is_worse_than_rounding() -> None:
         x = rng.standard_normal((48, 30))  # fewer tokens than inputs
         grid = minmax_grid(weight, 2, 16, False)
         hessian = x @ x.T
-        found = fit(weight, Inputs(hessian), [grid])
+        found = fit(weight, Inputs(hessian), grid, [grid])
         rounded = row_losses(weight, grid.decode(grid.round(weight)), hessian)
         assert (row_losses(weight, found.grid.decode(found.codes), hessian) <= rounded * (1 + 1e-6)).all()
 
@@ -127,7 +128,7 @@ def test_inputs_that_are_always_zero() -> None:
     weight, x = problem(6, 32)
     x[5] = 0
     inputs = Inputs(x @ x.T)
-    found = fit(weight, inputs, [minmax_grid(weight, 4, 32, False)])
+    found = fit(weight, inputs, minmax_grid(weight, 4, 32, False), [searched_grid(weight, 4, 32, False)])
     assert np.isfinite(found.grid.decode(found.codes)).all()
     assert np.array_equal(Inputs(np.zeros((4, 4))).damped, np.eye(4))
 
@@ -136,7 +137,7 @@ def test_lossless_where_the_weight_is_on_the_grid() -> None:
     weight, x = problem(6, 64)
     grid = minmax_grid(weight, 8, 32, False)
     on_grid = grid.decode(grid.round(weight))
-    found = fit(on_grid, Inputs(x @ x.T), [grid])
+    found = fit(on_grid, Inputs(x @ x.T), grid, [grid])
     assert np.allclose(found.grid.decode(found.codes), on_grid, atol=1e-6)
 
 

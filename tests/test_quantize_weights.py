@@ -299,6 +299,12 @@ def test_accuracy_level_by_measured_effect() -> None:
     assert [node.attributes["accuracy_level"].as_int() for node in kept] == [0]
 
 
+def test_accuracy_level_of_qdq_is_a_session_option() -> None:
+    outcome = QuantizeWeights(form="qdq")(block(), PassContext(feeds=block_feeds()))
+    assert outcome.ort_config["config_entries"]["session.qdq_matmulnbits_accuracy_level"] in ("0", "4")
+    assert any("is taken, for all products" in note for note in outcome.notes)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
 def test_where_onnxruntime_has_integer_kernels(bits: int, size: int) -> None:
