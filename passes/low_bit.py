@@ -201,8 +201,8 @@ def _choose_levels(
         level = 4 if levels[1] - levels[0] <= max(0.05 * levels[0], 1e-4) else 0
         outcome.ort_config = {"config_entries": _entry(level)}
         outcome.notes.append(
-            f"the low bits change {effect.output!r} by {levels[0]:.2g} {unit}, with accuracy_level 4 by {levels[1]:.2g}: "
-            f"{level} is taken, for all products"
+            f"the low bits change {effect.output!r} by {levels[0]:.2g} {unit}, at accuracy_level 4 by "
+            f"{levels[1]:.2g}: {level} is taken, for all products"
         )
         return
 
