@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from ..runtime.capabilities import KernelCosts
 
-Feeds = dict[str, np.ndarray[Any, Any]]
+Array = np.ndarray[Any, Any]
+Feeds = dict[str, Array]
 Device = Literal["cpu", "cuda"]
 Gate = Literal["off", "not-slower", "faster"]
 
@@ -112,6 +113,13 @@ class Pass(abc.ABC):
     tolerance: ClassVar[float] = 1e-5
     gate: ClassVar[Gate] = "not-slower"
     changes_signature: ClassVar[bool] = False
+
+    def expected(self, results: Mapping[str, Array]) -> dict[str, Array]:
+        """What the graph after this pass should give, from what the graph before gave: the same.
+
+        A pass whose declared job is to change an output (``changes_signature``) says here how.
+        """
+        return dict(results)
 
     @abc.abstractmethod
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:

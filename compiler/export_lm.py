@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from ..runtime.artifact import MAX_LENGTH_KEY
 from ..runtime.causal_lm import EOS_KEY
 from ..runtime.errors import ExportError, ModelError
 from ..runtime.inference import open_session, run_session, session_options
@@ -76,6 +77,8 @@ def export_causal_lm(model: Any, *, opset: int | None = None, check: bool = True
     graph.graph.name = type(model).__name__
     if eos := _eos(model):
         graph.metadata_props[EOS_KEY] = json.dumps(eos)
+    if longest := getattr(model.config, "max_position_embeddings", None):
+        graph.metadata_props[MAX_LENGTH_KEY] = str(longest)
     if check:
         with quiet(), evaluating(model), torch.no_grad():
             _check(graph, model, layers)

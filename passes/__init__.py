@@ -14,7 +14,9 @@ from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
 from .fuse_skip_normalization import FuseSkipNormalization
+from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
+from .pack_qkv import PackQKV
 from .quantize_kv_cache import QuantizeKVCache
 from .quantize_weights import QuantizeWeights
 from .simplify_shapes import SimplifyShapes
@@ -35,7 +37,9 @@ PASSES: dict[str, type[Pass]] = {
         FuseNormalization,
         FuseQKV,
         FuseSkipNormalization,
+        KeepLastLogits,
         MixedPrecision,
+        PackQKV,
         QuantizeKVCache,
         QuantizeWeights,
         SimplifyShapes,

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.graph import Array, constant, producer
+from ..compiler.graph import Array
 from ..runtime.errors import ModelError
 from .attention_match import NotAttention
 from .cached_attention import CachedAttention, activations, source_of
+from .causal_mask import MaskReader
 from .probing import Prober, Step, plain_step
 from .rotary import Rotation, fit_rotation, pair
 from .symbolic import SymbolicShapes
@@ -19,9 +20,7 @@ from .symbolic import SymbolicShapes
 # Far from the start, so that slowly turning pairs show; nearer for models whose table of positions ends before.
 _PROBED_AT = (1000, 100, 10)
 _CHUNK = 1024
-_FORBIDDEN = -1e4
 _CLOSE = 1e-5
-_LARGEST_WINDOW = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,7 @@ class _Reader:
         indices = self._layout()
         rotations, start, steps = self._rotations(indices)
         repeats = self._repeats()
-        masks = self._masks()
+        masks = MaskReader(self._prober)
         meanings: list[Meaning] = []
         for number, block in enumerate(self._blocks):
             q, k, v = range(3 * number, 3 * number + 3)
@@ -127,8 +126,10 @@ class _Reader:
                 raise NotAttention("V is rotated or scaled")
             table, factor = self._table(rotations[q], rotations[k], k, indices[k], start, steps)
             scale = block.scale * factor * repeats[number]
-            window, padded = masks[number]
-            meanings.append(Meaning(block, *projections, table, scale, window, padded))
+            window, padded = masks.read(block)
+            meanings.append(
+                Meaning(block, projections[0], projections[1], projections[2], table, scale, window, padded)
+            )
         return meanings
 
     def _evaluate(self, make: Callable[[ir.Value], Array], step: Step, wanted: Sequence[ir.Value]) -> list[Array]:
@@ -158,7 +159,8 @@ class _Reader:
         shape = self._shape(source, step)
         if len(shape) == 3:
             return rows.astype(np.float32)
-        if shape[1] == step.sequence and self._shapes.dims(source)[1][1]:  # type: ignore[index]
+        dims = self._shapes.dims(source)
+        if dims is not None and dims[1][1]:
             return rows.reshape(shape).astype(np.float32)
         heads_last = rows.reshape(shape[0], shape[2], shape[1], shape[3])
         return np.ascontiguousarray(heads_last.transpose(0, 2, 1, 3)).astype(np.float32)
@@ -283,67 +285,6 @@ class _Reader:
             raise NotAttention(f"heads and head size of {value.name} are not known")
         return dims[1][0], step.mask.shape[1], dims[3][0]
 
-    def _masks(self) -> list[tuple[int, bool]]:
-        """(window, whether padding matters) of each block; blocks with the same masks are probed once."""
-        known: dict[tuple[object, ...], tuple[int, bool]] = {}
-        for block in self._blocks:
-            key = (block.masks, block.filled)
-            if key not in known:
-                known[key] = self._mask(block)
-        return [known[(block.masks, block.filled)] for block in self._blocks]
-
-    def _mask(self, block: CachedAttention) -> tuple[int, bool]:
-        if not block.masks:
-            raise NotAttention("nothing keeps tokens from seeing later ones")
-        padding = np.ones((3, 9), np.int64)
-        padding[0, :2] = padding[1, 7:] = padding[2, 3:5] = 0
-        window = self._window(block)
-        steps = [Step(padding, 4), plain_step(2, 5, 0), plain_step(1, 1, 6), plain_step(1, 1, window + 1)]
-        seen = [self._allowed(block, step) for step in steps]
-        for padded in (True, False):
-            expected = [_causal(step, window, padded) for step in steps]
-            if all(np.array_equal(got[rows], keep[rows]) for got, (keep, rows) in zip(seen, expected, strict=True)):
-                return window, padded
-        raise NotAttention(f"the mask {block.masks[0].name} is not causal, or has a form of its own")
-
-    def _window(self, block: CachedAttention) -> int:
-        """How many positions a token far from the start sees; 0 for all."""
-        longest = max(self._numbers(block), default=0)
-        row = self._allowed(block, plain_step(1, 1, longest + 2))[0, 0]
-        return 0 if row.all() else int(row.sum())
-
-    def _numbers(self, block: CachedAttention) -> set[int]:
-        """Whole constants that the mask is computed with: one of them may be a window."""
-        found, seen, todo = set[int](), set[ir.Value](), list(block.masks)
-        while todo:
-            value = todo.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            array = constant(value, limit=1)
-            if array is not None and array.size == 1 and array.dtype.kind in "iuf":
-                number = abs(float(array.reshape(-1)[0]))
-                if number.is_integer() and 1 < number <= _LARGEST_WINDOW:
-                    found.add(int(number))
-            node = producer(value)
-            todo += [item for item in node.inputs if item is not None] if node is not None else []
-        return found
-
-    def _allowed(self, block: CachedAttention, step: Step) -> Array:
-        """[batch, sequence, total], where the mask lets a token see a position."""
-        total = step.mask.shape[1]
-        result = np.ones((step.batch, 1, step.sequence, total), bool)
-        for array in self._prober.run(block.masks, {}, step):
-            keep = ~array if block.filled else array
-            if array.dtype != np.bool_:
-                if ((array > _FORBIDDEN) & (np.abs(array) > _CLOSE)).any():
-                    raise NotAttention(f"{block.masks[0].name} adds a bias to the scores")
-                keep = array > _FORBIDDEN
-            if keep.ndim == 4 and keep.shape[1] > 1 and (keep != keep[:, :1]).any():
-                raise NotAttention(f"{block.masks[0].name} differs between heads")
-            result = result & (keep[:, :1] if keep.ndim == 4 else keep)
-        return result[:, 0]
-
 
 def _matches(table: Table, rotation: Rotation, at: slice) -> bool:
     scale = rotation.scale
@@ -361,16 +302,3 @@ def _repeated(before: Array, after: Array, heads: int) -> float | None:
         return None
     factor = float((wide * after).sum() / (wide * wide).sum())
     return factor if np.allclose(factor * wide, after, atol=_CLOSE) else None
-
-
-def _causal(step: Step, window: int, padded: bool) -> tuple[Array, Array]:
-    """[batch, sequence, total] of a causal mask, and [batch, sequence], which rows of it matter: those of tokens."""
-    total = step.mask.shape[1]
-    own = np.arange(step.past, total)[:, None]
-    other = np.arange(total)[None, :]
-    keep = (other <= own) & ((own - other < window) if window else True)
-    result = np.broadcast_to(keep, (step.batch, *keep.shape))
-    tokens = step.mask.astype(bool)
-    if padded:
-        result = result & tokens[:, None, :]
-    return result, tokens[:, step.past :]

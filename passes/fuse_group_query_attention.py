@@ -10,7 +10,17 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import Outcome, Pass, PassContext
-from ..compiler.graph import MICROSOFT, Array, Names, add_initializer, make_node, remove_dead, replace, require_domain
+from ..compiler.graph import (
+    MICROSOFT,
+    Array,
+    Names,
+    add_initializer,
+    dims,
+    make_node,
+    remove_dead,
+    replace,
+    require_domain,
+)
 from ..runtime.artifact import MAX_LENGTH_KEY
 from .attention_match import NotAttention
 from .attention_probe import Meaning, Projection, Table, read_meanings
@@ -181,19 +191,19 @@ class _Builder:
         tokens = next(value for value in self._model.graph.inputs if value.name == TOKENS)
         wanted = self._shapes.dims(tokens)
         for output in self._rows:
-            dims = self._shapes.dims(output)
-            if dims is not None and wanted is not None and dims[:2] == wanted[:2]:
+            found = self._shapes.dims(output)
+            if found is not None and wanted is not None and found[:2] == wanted[:2]:
                 self._order.restore(output)
 
     def _flat(self, part: Projection, new: list[ir.Node]) -> ir.Value:
         """The heads of one projection as [batch, sequence, heads * head_dim]."""
         heads, size = part.index.shape
-        value, dims = part.source, self._shapes.dims(part.source)
+        value, known = part.source, self._shapes.dims(part.source)
         tokens = part.source.shape
-        if dims is None or tokens is None:
+        if known is None or tokens is None:
             raise ValueError(f"{value.name} has no shape")
-        if len(dims) == 4:
-            if not dims[1][1]:
+        if len(known) == 4:
+            if not known[1][1]:
                 value = self._append("Transpose", [value], f"{value.name}_by_token", new, None, perm=[0, 2, 1, 3])
             target = add_initializer(
                 self._model.graph, self._names, "flat_heads", np.array([0, 0, heads * size], np.int64)
@@ -202,10 +212,10 @@ class _Builder:
                 "Reshape", [value, target], f"{part.source.name}_flat", new, [None, None, heads * size]
             )
         index = part.index.reshape(-1)
-        width = dims[-1][0] if len(dims) == 3 else heads * size
+        width = known[-1][0] if len(known) == 3 else heads * size
         if np.array_equal(index, np.arange(width)):
             return value
-        shape = [tokens[0], tokens[1], index.size] if len(dims) == 3 else [None, None, index.size]
+        shape = [tokens[0], tokens[1], index.size] if len(known) == 3 else [None, None, index.size]
         if np.array_equal(index, np.arange(index[0], index[0] + index.size)):
             bounds = [[int(index[0])], [int(index[-1]) + 1], [-1]]
             arrays = [self._integers("bound", numbers) for numbers in bounds]
@@ -271,5 +281,4 @@ def _is_packed(parts: tuple[Projection, Projection, Projection]) -> bool:
     if len({part.source for part in parts}) != 1 or len(parts[0].source.shape or ()) != 3:
         return False
     index = np.concatenate([part.index.reshape(-1) for part in parts])
-    width = (parts[0].source.shape or ())[-1]
-    return index.size == width and np.array_equal(index, np.arange(index.size))
+    return index.size == (dims(parts[0].source) or [None])[-1] and np.array_equal(index, np.arange(index.size))

@@ -69,9 +69,8 @@ class FuseQKV(Pass):
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        anchors = [node for graph in model.graphs() for node in graph if _is_attention(node)]
         names = Names(model)
-        for attention in anchors:
+        for attention in self.anchors(model):
             try:
                 _merge(attention, _projections(attention), names, opset(model), self.name)
                 outcome.counts["QKV merged"] += 1
@@ -82,9 +81,11 @@ class FuseQKV(Pass):
             remove_dead(model)
         return outcome
 
-
-def _is_attention(node: ir.Node) -> bool:
-    return is_op(node, "Attention") or is_op(node, "MultiHeadAttention", "GroupQueryAttention", domain=MICROSOFT)
+    def anchors(self, model: ir.Model) -> list[ir.Node]:
+        """The attentions whose projections are merged."""
+        contrib = ("MultiHeadAttention", "GroupQueryAttention")
+        nodes = [node for graph in model.graphs() for node in graph]
+        return [node for node in nodes if is_op(node, "Attention") or is_op(node, *contrib, domain=MICROSOFT)]
 
 
 def _projections(attention: ir.Node) -> list[_Projection]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -47,7 +48,8 @@ class FuseSkipNormalization(Pass):
 
     Only where it pays: on the CPU provider where ``runtime/capabilities.py`` measured it faster for few and for many
     rows (on the machines seen so far it never was: SkipLayerNormalization takes 2.5 to 8 times as long,
-    SkipSimplifiedLayerNormalization 1.0 to 1.7); on CUDA always. Contract: onnxruntime docs/ContribOperators.md.
+    SkipSimplifiedLayerNormalization 1.0 to 1.7), or for one row in a decoder with a cache, which runs token by token
+    (there one call less counts); on CUDA always. Contract: onnxruntime docs/ContribOperators.md.
 
     Attributes:
         always: fuse whatever the measured costs say.
@@ -62,10 +64,12 @@ class FuseSkipNormalization(Pass):
         if not candidates:
             return outcome
         names, order = Names(model), _order(model)
+        cached = any(is_op(node, "GroupQueryAttention", domain=MICROSOFT) for node in all_nodes(model))
+        rows = ROWS[:1] if cached else ROWS[1:]
         for node in candidates:
             total = _sum_of(node)
             kind, plain = _KINDS[node.op_type]
-            reason = self._not_worth_it(kind, plain, context) or _obstacle(node, total, order)
+            reason = self._not_worth_it(kind, plain, rows, context) or _obstacle(node, total, order)
             if total is None or reason:
                 outcome.refuse(node, f"{plain} -> {kind}", reason)
                 continue
@@ -76,10 +80,10 @@ class FuseSkipNormalization(Pass):
             remove_dead(model)
         return outcome
 
-    def _not_worth_it(self, kind: str, plain: str, context: PassContext) -> str:
+    def _not_worth_it(self, kind: str, plain: str, rows: Sequence[int], context: PassContext) -> str:
         if self.always or context.device != "cpu":
             return ""
-        ratios = [ratio for ratio in (context.costs.ratio(kind, plain, rows) for rows in ROWS) if ratio is not None]
+        ratios = [ratio for ratio in (context.costs.ratio(kind, plain, n) for n in rows) if ratio is not None]
         if not ratios:
             return "the fused kernel was not measured: compile with measured costs, or set always=True"
         worst = max(ratios)

@@ -27,7 +27,18 @@ class Preset:
 
 
 _CLEAN = ("cleanup", "simplify-shapes", "fold-constants")
-_FUSE = ("fuse-gelu", "fuse-normalization", "fuse-attention", "fuse-qkv", "fuse-linear", "split-skip-normalization")
+_FUSE = (
+    "fuse-gelu",
+    "fuse-normalization",
+    "fuse-group-query-attention",
+    "fuse-attention",
+    "pack-qkv",
+    "fuse-qkv",
+    "fuse-gate-up",
+    "fuse-linear",
+    "fuse-skip-normalization",
+    "split-skip-normalization",
+)
 
 PRESETS: dict[str, Preset] = {
     "basic": Preset(

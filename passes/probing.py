@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ..compiler.graph import Array, attribute, is_op, opset
+from ..compiler.graph import Array, attribute, is_op
 from ..runtime.errors import ModelError
 from ..runtime.inference import open_session, run_session, session_options
 
@@ -136,6 +136,3 @@ def _array(value: ir.Value, step: Step) -> Array:
             raise ModelError(f"{value.name} is not an input of a decoder as it is known here.", "Please report it.")
         found = np.zeros(dims)
     return found.astype(value.dtype.numpy() if value.dtype is not None else np.float32)
-
-
-__all__ = ["MASK", "POSITIONS", "TOKENS", "Prober", "Step", "evaluate", "opset", "plain_step"]

@@ -23,24 +23,20 @@ def join_columns(
         base: its name.
         parts: each weight with the columns to take of it, None for all.
     """
-    sources = [(value.const_value, columns) for value, columns in parts if value is not None]
-    tensors = [tensor for tensor, _ in sources if tensor is not None]
+    tensors = [(value.const_value, columns) for value, columns in parts if value is not None]
+    sources = [(tensor, columns) for tensor, columns in tensors if tensor is not None]
     name = names.fresh(base)
 
     def join() -> ir.TensorProtocol:
-        arrays = [
-            tensor.numpy() if columns is None else tensor.numpy()[:, columns]
-            for tensor, columns in sources
-            if tensor is not None
-        ]
-        return ir.Tensor(np.concatenate(arrays, axis=1), name=name)
+        arrays = [tensor.numpy() for tensor, _ in sources]
+        taken = [a if c is None else a[:, c] for a, (_, c) in zip(arrays, sources, strict=True)]
+        return ir.Tensor(np.concatenate(taken, axis=1), name=name)
 
-    widths = [
-        int(tensor.shape[1]) if columns is None else columns.size for tensor, columns in sources if tensor is not None
-    ]
-    shape = ir.Shape([int(tensors[0].shape[0]), sum(widths)])
-    joined = ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name)
-    value = ir.Value(name=name, shape=shape.copy(), type=ir.TensorType(joined.dtype), const_value=joined)
+    sizes = [tensor.shape.numpy() for tensor, _ in sources]
+    width = sum(size[1] if columns is None else columns.size for size, (_, columns) in zip(sizes, sources, strict=True))
+    shape, dtype = ir.Shape([sizes[0][0], width]), sources[0][0].dtype
+    joined = ir.LazyTensor(join, dtype=dtype, shape=shape, name=name)
+    value = ir.Value(name=name, shape=shape.copy(), type=ir.TensorType(dtype), const_value=joined)
     graph.register_initializer(value)
     return value
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ..compiler.graph import PASS_KEY, Names, add_initializer, constant, is_op, make_node, producer
 from .probing import MASK, POSITIONS, TOKENS
 
-_AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
+_BEYOND_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
 
 
 class TokenOrder:
@@ -93,7 +93,7 @@ class TokenOrder:
         As far up as the result of a row depends on nothing but that row: before the language model's head, whose input
         is narrower.
         """
-        value = _before_head(output)
+        value = before_head(output)
         readers = [(use.node, use.idx) for use in value.uses()]
         name = self._names.fresh(f"{value.name}_given_order")
         node = make_node(
@@ -143,7 +143,7 @@ class TokenOrder:
         self._nodes.append(node)
 
 
-def _before_head(output: ir.Value) -> ir.Value:
+def before_head(output: ir.Value) -> ir.Value:
     """The input of the last product that makes ``output``, or ``output``."""
     value = output
     for _ in range(8):
@@ -154,7 +154,7 @@ def _before_head(output: ir.Value) -> ir.Value:
             source = node.inputs[0]
             return source if source is not None and len(source.shape or ()) == 3 else output
         operands = [item for item in node.inputs if item is not None and constant(item, limit=1) is None]
-        if node.op_type not in _AFTER_HEAD or len(operands) != 1:
+        if node.op_type not in _BEYOND_HEAD or len(operands) != 1:
             return output
         value = operands[0]
     return output

@@ -28,7 +28,7 @@ from .inference import session_options
 from .providers import Device, providers_for
 
 WIDTH = 384
-ROWS = (16, 128, 1024)
+ROWS = (1, 16, 128, 1024)
 _HEADS = 12
 
 # Equivalent forms stand together. x, r: [rows, WIDTH]; g, b: [WIDTH]; w: [WIDTH, WIDTH].
@@ -164,7 +164,8 @@ def _feeds(session: ort.InferenceSession, rows: int) -> dict[str, Any]:
 
 @functools.cache
 def _cache_file(device: Device, threads: int) -> Path:
-    key = json.dumps([cpu_name(), ort.__version__, device, threads, os.cpu_count(), _ROW_FORMS, _ATTENTION_FORMS])
+    machine = [cpu_name(), ort.__version__, device, threads, os.cpu_count()]
+    key = json.dumps([*machine, ROWS, _ROW_FORMS, _ATTENTION_FORMS])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "onnxlathe" / f"kernel-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 

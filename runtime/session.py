@@ -19,6 +19,7 @@ from .causal_lm import CausalLM, read_causal_lm
 from .errors import ModelError
 from .feeds import check_feeds
 from .generate import OnToken, generate
+from .huge_pages import huge_pages
 from .inference import open_session, run_session, session_options
 from .prompts import TokenIds
 from .providers import Device, resolve_device
@@ -63,7 +64,8 @@ class Session:
         if profile:
             options.profile_file_prefix = str(Path(os.environ.get("TMPDIR", "/tmp")) / "onnxlathe-profile")
         # A file is opened by its path, so that ORT maps external weights itself and plain ORT behaves the same.
-        self._session = open_session(source, options, self.device)
+        with huge_pages(self.device == "cpu"):
+            self._session = open_session(source, options, self.device)
         self._profiling = profile
 
     @property
