@@ -98,9 +98,10 @@ def ours(model: ir.Model, calibration: list[Feeds], quick: bool) -> Iterator[tup
         yield Row(name, options["bits"], options["block_size"]), changed
 
 
-def mixed(model: ir.Model, calibration: list[Feeds]) -> Iterator[tuple[Row, ir.Model]]:
+def mixed(model: ir.Model, calibration: list[Feeds], quick: bool) -> Iterator[tuple[Row, ir.Model]]:
     """Uniform four bits for everything, embedding and head included, and MixedPrecision at exactly its bytes."""
     context = PassContext(feeds=calibration, threads=1)
+    sizes = (32, 64) if quick else (16, 32, 64, 128)
     for method in ("rtn", "gptq"):
         uniform = model.clone()
         step = QuantizeWeights(head_bits=4, embedding_bits=4, accuracy_level=0, method=method)
@@ -109,7 +110,8 @@ def mixed(model: ir.Model, calibration: list[Feeds]) -> Iterator[tuple[Row, ir.M
         others = weight_bytes(model) - sum(_product_bytes(model))
         budget = float(weight_bytes(uniform) - others)
         changed = model.clone()
-        MixedPrecision(budget=budget, unit="bytes", method=method, accuracy_level=0)(changed, context)
+        choose = MixedPrecision(budget, "bytes", block_sizes=sizes, method=method, accuracy_level=0)
+        choose(changed, context)
         yield Row(f"MixedPrecision {method}, same bytes", 4, 0), changed
 
 
@@ -175,10 +177,10 @@ def main() -> None:
         source = save(model, folder / "model.onnx")
         for row, changed in ours(model, calibration, options.quick):
             judge(row, changed)
-        for row, changed in mixed(model, calibration):
-            judge(row, changed)
         for row, path in [] if options.no_peers else peers(source, calibration, folder, options.quick):
             judge(row, None if row.failure else load(path))
+        for row, changed in mixed(model, calibration, options.quick):
+            judge(row, changed)
     table = Table("side", "bits", "block", "bytes", "increase, nats a token", "divergence")
     for row in rows:
         figures = (
