@@ -15,7 +15,7 @@ from .blockwise import minmax_grid, searched_grid
 from .gptq import Fit, Inputs, asymmetric_target, fit
 from .linear_weights import Weight
 from .nbits_nodes import Coded
-from .streams import Stream, stage_order, token_rows
+from .streams import MASK, Stream, stage_order, token_rows
 
 _MEMORY = 192 << 20  # bytes of activations kept in memory per stream
 _LARGE = 1 << 18
@@ -88,17 +88,17 @@ def gptq_codes(
         threads: intra-op threads, 0 for ONNX Runtime's default.
         progress: called for each layer.
     """
-    samples = list(feeds)
+    masks = [{name: sample[name] for name in sample if name == MASK} for sample in feeds]
     stages = stage_order(model, groups)
     work = model.clone()
-    quantized = Stream(work, _same_values(work, stages), samples, _MEMORY, threads)
-    original = Stream(model, stages, samples, _MEMORY, threads) if target > 0 else None
+    quantized = Stream(work, _same_values(work, stages), feeds, _MEMORY, threads)
+    original = Stream(model, stages, feeds, _MEMORY, threads) if target > 0 else None
     initializers = work.graph.initializers
     coded: dict[Weight, Coded] = {}
     losses = Losses()
     for number, x in enumerate(stages):
         progress(f"GPTQ {number + 1}/{len(stages)}: {groups[x][0].weight.name}")
-        hessian, cross, tokens = _moments(quantized.advance(number), original and original.advance(number), samples)
+        hessian, cross, tokens = _moments(quantized.advance(number), original and original.advance(number), masks)
         inputs = Inputs(hessian)
         losses.tokens = max(losses.tokens, tokens)
         for request in groups[x]:
@@ -128,10 +128,10 @@ def awq_codes(
     Where the layer in front takes them (the up projection in front of the down projection) its codes stay and its
     scales are divided, which is exact; if it is not quantized, its weight is divided.
     """
-    samples = list(feeds)
+    masks = [{name: sample[name] for name in sample if name == MASK} for sample in feeds]
     stages = stage_order(model, groups)
     untouched = model.clone()
-    stream = Stream(untouched, _same_values(untouched, stages), samples, _MEMORY, threads)
+    stream = Stream(untouched, _same_values(untouched, stages), feeds, _MEMORY, threads)
     names = Names(model)
     coded: dict[Weight, Coded] = {}
     owners = {linear.node.outputs[0]: r.weight for rs in groups.values() for r in rs for linear in r.weight.linears}
@@ -139,7 +139,7 @@ def awq_codes(
     for number, x in enumerate(stages):
         requests = groups[x]
         progress(f"AWQ {number + 1}/{len(stages)}: {requests[0].weight.name}")
-        hessian, magnitude = _second_and_first(stream.advance(number), samples)
+        hessian, magnitude = _second_and_first(stream.advance(number), masks)
         matrices = [request.weight.matrix() for request in requests]
         readers = {linear.node for request in requests for linear in request.weight.linears}
         upstream = Upstream(x, readers)
@@ -174,12 +174,12 @@ def awq_codes(
     return coded, notes
 
 
-def _second_and_first(arrays: Iterable[Array], samples: Sequence[Feeds]) -> tuple[Array, Array]:
+def _second_and_first(arrays: Iterable[Array], masks: Sequence[Feeds]) -> tuple[Array, Array]:
     """X X^T and the mean |x_j|."""
     hessian = magnitude = np.zeros(())
     tokens = 0
-    for sample, array in zip(samples, arrays, strict=True):
-        rows = token_rows(array, sample)
+    for mask, array in zip(masks, arrays, strict=True):
+        rows = token_rows(array, mask)
         tokens += len(rows)
         hessian = hessian + (rows.T @ rows).astype(np.float64)
         magnitude = magnitude + np.abs(rows).sum(axis=0, dtype=np.float64)
@@ -195,19 +195,19 @@ def _fit(matrix: Array, inputs: Inputs, request: Request) -> Fit:
 
 
 def _moments(
-    quantized: Iterable[Array], original: Iterable[Array] | None, samples: Sequence[Feeds]
+    quantized: Iterable[Array], original: Iterable[Array] | None, masks: Sequence[Feeds]
 ) -> tuple[Array, Array | None, int]:
     """Xq Xq^T, (Xf - Xq) Xq^T (None without originals) and the number of tokens, summed sample by sample."""
     hessian = cross = None
     tokens = 0
     others = iter(original) if original is not None else None
-    for sample, array in zip(samples, quantized, strict=True):
-        rows = token_rows(array, sample)
+    for mask, array in zip(masks, quantized, strict=True):
+        rows = token_rows(array, mask)
         tokens += len(rows)
         product = (rows.T @ rows).astype(np.float64)
         hessian = product if hessian is None else hessian + product
         if others is not None:
-            difference = ((token_rows(next(others), sample) - rows).T @ rows).astype(np.float64)
+            difference = ((token_rows(next(others), mask) - rows).T @ rows).astype(np.float64)
             cross = difference if cross is None else cross + difference
     if hessian is None:
         raise ValueError("no samples")

@@ -14,6 +14,7 @@ from ..compiler.base import Feeds
 from ..compiler.graph import Array, subgraphs
 from ..runtime.inference import open_session, run_session, session_options
 
+MASK = "attention_mask"
 # For runs that calibrate or compare: threads that wait actively take the cores from everybody else.
 PATIENT = {"config_entries": {"session.intra_op.allow_spinning": "0"}}
 
@@ -74,16 +75,17 @@ class Stream:
     """
 
     def __init__(
-        self, model: ir.Model, stages: Sequence[ir.Value], feeds: Sequence[Feeds], memory: int, threads: int = 0
+        self, model: ir.Model, stages: Sequence[ir.Value], feeds: Iterable[Feeds], memory: int, threads: int = 0
     ) -> None:
         self._model, self._threads = model, threads
         self._stages = stages
         self._store = ArrayStore(memory)
-        self._count = len(feeds)
+        self._count = 0
         self._needed = _ancestors(stages, set())
         self._done: set[ir.Node] = set()
         self._live: list[ir.Value] = [value for value in model.graph.inputs if not value.is_initializer()]
         for number, sample in enumerate(feeds):
+            self._count = number + 1
             for name, array in sample.items():
                 self._store.put(number, name, np.asarray(array))
 
@@ -128,7 +130,7 @@ class Stream:
 def token_rows(array: Array, feeds: Feeds) -> Array:
     """``array`` [..., K] as [tokens, K], float32, without what ``feeds["attention_mask"]`` marks as padding."""
     rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
-    mask = feeds.get("attention_mask")
+    mask = feeds.get(MASK)
     if mask is None or array.ndim != 3 or mask.ndim != 2:
         return rows
     tokens = array.shape[1]
