@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ..runtime.errors import ModelError, VerifyError
 from ..runtime.inference import expose, open_session, run_session, session_options, weights_outside
 from ..runtime.providers import Device
+from ..runtime.quantized_cache import cache_scales, dequantize_caches, quantize_caches
 from .decoder_steps import cache_names, defined_results
 from .graph import subgraphs
 
@@ -135,16 +136,17 @@ def run_reference(model: ir.Model, feeds: Sequence[Mapping[str, Array]], device:
     """Runs ``model`` on every sample with ORT's own optimizations and weight repacking off.
 
     Of a decoder's sample with padding, what counts is the results of tokens and those of the step after
-    (``decoder_steps.py``).
+    (``decoder_steps.py``). Samples and results have float caches also where the model's are int8.
     """
     session = open_session(model, session_options(optimize=False, repack=False), device)
-    caches = cache_names(model)
+    caches, scales = cache_names(model), cache_scales(model)
+    feeds = [quantize_caches(sample, scales) for sample in feeds] if scales else feeds
     results = [run_session(session, sample) for sample in feeds]
     if caches:
         results = [
             defined_results(session, sample, found, caches) for sample, found in zip(feeds, results, strict=True)
         ]
-    return results
+    return [dequantize_caches(found, scales) for found in results] if scales else results
 
 
 def relative_error(reference: Array, got: Array) -> float:

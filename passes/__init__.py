@@ -9,6 +9,7 @@ from .clip_outliers import ClipOutliers
 from .convert_float16 import ConvertFloat16
 from .correct_bias import CorrectBias
 from .equalize_layers import EqualizeLayers
+from .few_level_weights import FewLevelWeights
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
 from .fuse_gate_up import FuseGateUp
@@ -21,11 +22,14 @@ from .fuse_qkv import FuseQKV
 from .fuse_rotary import FuseRotary
 from .fuse_skip_normalization import FuseSkipNormalization
 from .keep_last_logits import KeepLastLogits
+from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_progressive import QuantizeProgressive
 from .quantize_static import QuantizeStatic
 from .plan_memory import PlanMemory
+from .quantize_kv_cache import QuantizeKVCache
+from .quantize_weights import QuantizeWeights
 from .simplify_shapes import SimplifyShapes
 from .smooth_quant import SmoothQuant
 from .split_skip_normalization import SplitSkipNormalization
@@ -41,6 +45,7 @@ PASSES: dict[str, type[Pass]] = {
         ConvertFloat16,
         CorrectBias,
         EqualizeLayers,
+        FewLevelWeights,
         FoldConstants,
         FuseAttention,
         FuseGateUp,
@@ -53,11 +58,14 @@ PASSES: dict[str, type[Pass]] = {
         FuseRotary,
         FuseSkipNormalization,
         KeepLastLogits,
+        MixedPrecision,
         PackQKV,
         QuantizeDynamic,
         QuantizeProgressive,
         QuantizeStatic,
         PlanMemory,
+        QuantizeKVCache,
+        QuantizeWeights,
         SimplifyShapes,
         SmoothQuant,
         SplitSkipNormalization,
