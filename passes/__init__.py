@@ -12,8 +12,8 @@ from .equalize_layers import EqualizeLayers
 from .few_level_weights import FewLevelWeights
 from .fold_constants import FoldConstants
 from .fuse_attention import FuseAttention
-from .fuse_gate_up import FuseGateUp
 from .fuse_conv import FuseConv
+from .fuse_gate_up import FuseGateUp
 from .fuse_gelu import FuseGelu
 from .fuse_group_query_attention import FuseGroupQueryAttention
 from .fuse_linear import FuseLinear
@@ -24,11 +24,11 @@ from .fuse_skip_normalization import FuseSkipNormalization
 from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
+from .plan_memory import PlanMemory
 from .quantize_dynamic import QuantizeDynamic
+from .quantize_kv_cache import QuantizeKVCache
 from .quantize_progressive import QuantizeProgressive
 from .quantize_static import QuantizeStatic
-from .plan_memory import PlanMemory
-from .quantize_kv_cache import QuantizeKVCache
 from .quantize_weights import QuantizeWeights
 from .simplify_shapes import SimplifyShapes
 from .smooth_quant import SmoothQuant
