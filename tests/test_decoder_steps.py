@@ -45,6 +45,6 @@ def test_a_wrong_cache_shows_in_the_step_after() -> None:
          "kept = Concat<axis=2>(past_1_value, vt1) present_1_value = Mul(kept, half)"),
         ("vfive1 = Unsqueeze(present_1_value", "vfive1 = Unsqueeze(kept"),
     )  # fmt: skip
-    wrong = decoder(Spec(replaced=swapped, extra={"half": np.float32(0.5)}))
+    wrong = decoder(Spec(replaced=swapped, extra={"half": np.array(0.5, np.float32)}))
     error, name = compare(run_reference(decoder(SPEC), [feeds]), run_reference(wrong, [feeds]))
     assert error > 1e-2 and name == "logits of the next step"

@@ -43,7 +43,8 @@ def test_merged(body: str) -> None:
     assert outcome.counts == {"gate and up merged": 1}
     assert ops(after)["MatMul"] == ops(after)["Split"] == 1
     weight = next(node for node in after.graph if node.op_type == "MatMul").inputs[1]
-    assert np.array_equal(constant(weight), np.concatenate([CONSTANTS["wg"], CONSTANTS["wu"]], axis=1))
+    merged = constant(weight)
+    assert merged is not None and np.array_equal(merged, np.concatenate([CONSTANTS["wg"], CONSTANTS["wu"]], axis=1))
 
 
 NEAR_MISSES = {

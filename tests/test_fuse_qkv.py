@@ -39,7 +39,10 @@ def test_merged(projections: str, attention: str) -> None:
     counts = ops(after)
     assert counts["MatMul"] == counts["Split"] == 1 and counts.get("Add", 0) == (projections is BIASED)
     weight = next(node for node in after.graph if node.op_type == "MatMul").inputs[1]
-    assert np.array_equal(constant(weight), np.concatenate([CONSTANTS["wq"], CONSTANTS["wk"], CONSTANTS["wv"]], axis=1))
+    merged = constant(weight)
+    assert merged is not None and np.array_equal(
+        merged, np.concatenate([CONSTANTS["wq"], CONSTANTS["wk"], CONSTANTS["wv"]], axis=1)
+    )
 
 
 NEAR_MISSES = {
