@@ -42,7 +42,8 @@ _FUSE = (
     "split-skip-normalization",
 )
 
-_INT8 = (SmoothQuant(multiply="where-it-pays"), "quantize-static")
+# alpha 0.5 is the default of the paper; the best alpha by mean square lets single values go further astray.
+_INT8 = (SmoothQuant(alpha=0.5, multiply="where-it-pays"), "quantize-static")
 
 PRESETS: dict[str, Preset] = {
     "basic": Preset(
