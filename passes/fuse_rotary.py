@@ -100,11 +100,12 @@ def _operands(model: ir.Model, shapes: SymbolicShapes) -> list[Operand]:
         except NotAttention:
             continue
         for operand in (match.query, match.key):
-            made_by = producer(operand.value)
-            if len(operand.order) == 4 and made_by is not None and made_by.op_type != "RotaryEmbedding":
+            maker = producer(operand.value)
+            inside = maker is not None and maker.graph is model.graph and maker.op_type != "RotaryEmbedding"
+            if inside and len(operand.order) == 4:
                 found[operand.value] = operand
-    position = {node: number for number, node in enumerate(model.graph)}
-    return sorted(found.values(), key=lambda item: position.get(item.value.producer() or node, 0))
+    made = {value: number for number, node in enumerate(model.graph) for value in node.outputs}
+    return sorted(found.values(), key=lambda item: made[item.value])
 
 
 class _Builder:
