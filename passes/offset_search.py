@@ -71,7 +71,7 @@ def _search_part(
                 progress(f"offsets: {len(start)} buffers, order {keys}, up to {limit} nodes")
                 try:
                     found = search.run()
-                except _LimitReached:
+                except (_LimitReached, RecursionError):  # undecided; one placement is a level of the search
                     continue
                 if not found:
                     return None  # the whole tree was searched

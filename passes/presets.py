@@ -33,6 +33,7 @@ _FUSE = (
     "fuse-gelu",
     "fuse-normalization",
     "fuse-group-query-attention",
+    "fuse-rotary",
     "fuse-attention",
     "pack-qkv",
     "fuse-qkv",
@@ -52,6 +53,11 @@ PRESETS: dict[str, Preset] = {
     "cpu-int8": Preset(
         "int8 on the CPU provider, calibrated: needs samples.",
         ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", *_INT8, "cleanup"),
+        True,
+    ),
+    "cpu-int4": Preset(
+        "Weights in blocks of 4 bits (head and tables 8) on the CPU provider, the rest as cpu-fp32.",
+        ("upgrade-opset", *_CLEAN, *_FUSE, "quantize-weights", "cleanup"),
         True,
     ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),

@@ -56,7 +56,7 @@ def test_measure_knows_the_slow_kernel() -> None:
 
 def test_questions() -> None:
     costs = KernelCosts({"a|16": 1.0, "b|16": 2.0, "a|1024": 3.0, "b|1024": 2.0})
-    assert costs.faster("a", "b", rows=1) is True
+    assert costs.faster("a", "b", rows=16) is True
     assert costs.faster("a", "b", rows=4096) is False
     assert costs.faster("a", "b", rows=128) is None, "not measured"
     assert KernelCosts().faster("a", "b") is None

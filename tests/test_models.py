@@ -22,6 +22,11 @@ from onnxlathe.models import decoder, stories
 PARAMETERS = {
     "mlp-784": 266_610,  # LeNet-300-100, as published
     "convnet": 272_474,  # ResNet-20, 0.27M as published
+    "inception": 250_122,
+    "densenet": 114_142,
+    "nas-cells": 34_522,
+    "unet": 121_155,
+    "mobilenet": 251_818,
     "encoder": 172_416,
     "minilm": 22_565_376,  # 22.7M as published, less the pooling layer
     "decoder-tiny": 125_248,
