@@ -57,7 +57,8 @@ def test_zoo_entry_runs_and_is_the_same_each_time(name):
     assert all(torch.equal(state[key], other[key]) for key in state)
     with torch.no_grad():
         output = entry.module(*entry.args)
-    assert torch.isfinite(getattr(output, "logits", output)).all()
+    results = output if isinstance(output, tuple) else (getattr(output, "logits", output),)
+    assert all(torch.isfinite(result).all() for result in results)
 
 
 @pytest.mark.parametrize("name", ["mlp-784", "convnet", "encoder", "minilm"])
