@@ -19,7 +19,7 @@ from peers import python_of
 
 ROOT = Path(os.environ.get("ONNXLATHE_BENCH_MODELS", VENVS.parent / "bench-decoder"))
 NOT_INSTALLED = "not installed: run benchmarks/peers.py"
-LOOPS = ("genai loop", "onnxlathe loop", "torch generate")
+LOOPS = ("genai loop", "genai loop as it comes", "onnxlathe loop", "torch generate")
 NAMES = (
     "genai graph",
     "genai graph last-logits",
@@ -48,6 +48,7 @@ def make_side(name: str, config: str, preset: str) -> Side:
                 "torch eager": "DynamicCache; all logits",
                 "torch eager last-logits": "DynamicCache; last logits",
                 "torch.compile": "StaticCache; all logits",
+                "genai loop as it comes": "its own choice of threads",
             }.get(name, "")
     except (RuntimeError, subprocess.CalledProcessError) as error:
         side.failure = str(error)
@@ -62,7 +63,7 @@ def _model(name: str, config: str, preset: str) -> tuple[str, str, str]:
             raise RuntimeError(NOT_INSTALLED)
         last = name.endswith("last-logits")
         built = _genai(config, folder / ("genai-last" if last else "genai"), last)
-        return ("genai loop", str(built), "genai") if "loop" in name else ("ort", str(built / "model.onnx"), "ours")
+        return (name, str(built), "genai") if "loop" in name else ("ort", str(built / "model.onnx"), "ours")
     if name.startswith("ORT"):
         _, _, opset, attention = name.split()
         return "ort", str(_export(config, int(opset), attention.lower())), "ours"

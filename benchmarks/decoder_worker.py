@@ -124,15 +124,16 @@ class Loop:
 
 
 class GenaiLoop(Loop):
-    """onnxruntime-genai's own loop on a folder of its builder."""
+    """onnxruntime-genai's own loop on a folder of its builder; with 0 threads as its configuration has it."""
 
     def __init__(self, model: str, threads: int) -> None:
         import onnxruntime_genai
 
         self._og = onnxruntime_genai
         config = onnxruntime_genai.Config(model)
-        session = {"session_options": {"intra_op_num_threads": threads}}
-        config.overlay(json.dumps({"model": {"decoder": session}}))
+        if threads:
+            session = {"session_options": {"intra_op_num_threads": threads}}
+            config.overlay(json.dumps({"model": {"decoder": session}}))
         self._model = onnxruntime_genai.Model(config)
 
     def text(self, prompt: Any, new: int) -> tuple[Any, list[float]]:
@@ -273,6 +274,7 @@ KINDS: dict[str, Any] = {
     "lathe": lambda model, threads: Ort(model, threads, ours=True),
     "lathe loop": LatheLoop,
     "genai loop": GenaiLoop,
+    "genai loop as it comes": lambda model, threads: GenaiLoop(model, 0),
     "openvino": openvino,
     "torch": Torch,
     "torch last": lambda model, threads: Torch(model, threads, last=True),
