@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -203,14 +203,15 @@ def reorder(graph: ir.Graph, order: Sequence[int]) -> None:
     graph.extend(nodes[position] for position in order)
 
 
-def _sample(model: ir.Model, sizes: Bindings, feeds: Sequence[Feeds]) -> Feeds:
+def _sample(model: ir.Model, sizes: Bindings, feeds: Iterable[Feeds]) -> Feeds:
     """A made sample with the sizes planned for; the first of the user's where that cannot be made."""
     try:
         return make_feeds(model, 0, 1, sizes)[0]
     except LatheError:
-        if feeds:
-            return feeds[0]
-        raise
+        given = next(iter(feeds), None)
+        if given is None:
+            raise
+        return given
 
 
 def _over_budget(plan: MemoryPlan, budget: int) -> tuple[str, str]:
