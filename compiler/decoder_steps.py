@@ -13,10 +13,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from ..runtime.causal_lm import MASK, POSITIONS, TOKENS
 from ..runtime.inference import run_session
 
 Array = np.ndarray[Any, Any]
-_TOKENS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 _PAST, _PRESENT = "past_key_values", "present"
 
 
@@ -24,7 +24,7 @@ def cache_names(model: ir.Model) -> dict[str, str]:
     """``{past input: present output}`` of a decoder with the usual names; empty for any other model."""
     inputs = {value.name or "" for value in model.graph.inputs}
     outputs = {value.name or "" for value in model.graph.outputs}
-    if not {_TOKENS, _MASK} <= inputs:
+    if not {TOKENS, MASK} <= inputs:
         return {}
     pairs = {name: name.replace(_PAST, _PRESENT, 1) for name in inputs if name.startswith(_PAST)}
     return pairs if all(name in outputs for name in pairs.values()) else {}
@@ -41,19 +41,19 @@ def defined_results(
         results: its outputs for them.
         caches: ``{past input: present output}``.
     """
-    mask = sample[_MASK].astype(bool)
+    mask = sample[MASK].astype(bool)
     if mask.all():
         return dict(results)
     defined = {name: _of_tokens(array, mask) for name, array in results.items() if name not in caches.values()}
-    ones = np.ones((mask.shape[0], 1), sample[_MASK].dtype)
+    ones = np.ones((mask.shape[0], 1), sample[MASK].dtype)
     following = {
         **sample,
-        _TOKENS: np.ascontiguousarray(sample[_TOKENS][:, -1:]),
-        _MASK: np.concatenate([sample[_MASK], ones], axis=1),
+        TOKENS: np.ascontiguousarray(sample[TOKENS][:, -1:]),
+        MASK: np.concatenate([sample[MASK], ones], axis=1),
         **{past: results[present] for past, present in caches.items()},
     }
-    if _POSITIONS in sample:
-        following[_POSITIONS] = mask.sum(1, keepdims=True).astype(sample[_POSITIONS].dtype)
+    if POSITIONS in sample:
+        following[POSITIONS] = mask.sum(1, keepdims=True).astype(sample[POSITIONS].dtype)
     after = run_session(session, following)
     return defined | {f"{name} of the next step": after[name] for name in defined}
 

@@ -84,7 +84,7 @@ class FuseGroupQueryAttention(Pass):
             blocks = match_cached(model, shapes)
             meanings = read_meanings(model, blocks, shapes, length, context.progress)
             for meaning in meanings:
-                _check_kernel(meaning, shapes)
+                _check_kernel(meaning)
         except NotAttention as refusal:
             node = find_caches(model)[0].present.producer() or next(iter(model.graph))
             outcome.refuse(node, _RULE, str(refusal) or "what follows the cache is no attention that is known here")
@@ -120,7 +120,7 @@ def _heads(meaning: Meaning) -> tuple[int, int, int]:
     return heads, meaning.key.index.shape[0], size
 
 
-def _check_kernel(meaning: Meaning, shapes: SymbolicShapes) -> None:
+def _check_kernel(meaning: Meaning) -> None:
     heads, kv_heads, size = _heads(meaning)
     if size % 8:
         raise NotAttention(f"the head size {size} is no multiple of 8, which the kernel demands")

@@ -9,11 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.graph import Array, attribute, is_op
+from ..runtime.causal_lm import MASK, POSITIONS, TOKENS
 from ..runtime.errors import ModelError
 from ..runtime.inference import open_session, run_session, session_options
-
-TOKENS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
-"""The names that exporters of language models agree on (transformers, optimum, onnxruntime-genai)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,17 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import Claim, Gate, Outcome, Pass, PassContext
-from ..compiler.graph import MICROSOFT, Array, Names, add_initializer, all_nodes, attribute, is_op, only_consumer
+from ..compiler.graph import (
+    MICROSOFT,
+    PASS_KEY,
+    Array,
+    Names,
+    add_initializer,
+    all_nodes,
+    attribute,
+    is_op,
+    only_consumer,
+)
 from ..runtime.errors import PassError
 from ..runtime.inference import open_session, run_session, session_options
 from ..runtime.quantized_cache import LIMIT, SCALE_OF
@@ -160,6 +170,6 @@ def _to_int8(cache: _Cache, scale: Array, names: Names, by: str) -> None:
         "k_quant_type" if key else "v_quant_type", "PER_CHANNEL"
     )
     node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
-    node.metadata_props["onnxlathe.pass"] = by
+    node.metadata_props[PASS_KEY] = by
     for part in (cache.past, cache.present):
         part.type = ir.TensorType(ir.DataType.INT8)

@@ -19,7 +19,9 @@ _CONTRACT = (
     "Generating takes a causal language model with a cache: inputs input_ids, attention_mask, position_ids (optional) "
     "and past_key_values.N.key/value, outputs logits and present.N.key/value, as onnxlathe.export_causal_lm writes it."
 )
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+TOKENS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+"""The inputs that exporters of language models agree on (transformers, optimum, onnxruntime-genai)."""
+_TOKEN_INPUTS = (TOKENS, MASK, POSITIONS)
 # Which input is [positions, head_dim / 2].
 _TABLES = {
     ("com.microsoft", "GroupQueryAttention"): 7,
