@@ -33,7 +33,7 @@ SIDES = {
     "onnxlathe static, operators": ("onnxlathe static, operators", "ours", "lathe", "ours"),
     "onnxlathe dynamic": ("onnxlathe dynamic", "ours", "lathe", "ours"),
     "ORT dynamic": ("ORT dynamic", "ours", "ort", "ours"),
-    "ORT dynamic, per channel, 7 bits": ("ORT dynamic, per channel, 7 bits", "ours", "ort", "ours"),
+    "ORT dynamic, per channel": ("ORT dynamic, per channel", "ours", "ort", "ours"),
     "ORT dynamic on ORT-fused": ("ORT dynamic on ORT-fused", "ours", "ort", "ours"),
     "ORT static": ("ORT static", "ours", "ort", "ours"),
     "ORT static on ORT-fused": ("ORT static on ORT-fused", "ours", "ort", "ours"),
