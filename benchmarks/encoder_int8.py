@@ -30,7 +30,6 @@ CALIBRATION, HELD_OUT = 128, 256
 # name -> (quantizer, environment it runs in, what executes the result, environment of that)
 SIDES = {
     "onnxlathe static": ("onnxlathe static", "ours", "lathe", "ours"),
-    "onnxlathe static, operators": ("onnxlathe static, operators", "ours", "lathe", "ours"),
     "onnxlathe dynamic": ("onnxlathe dynamic", "ours", "lathe", "ours"),
     "ORT dynamic": ("ORT dynamic", "ours", "ort", "ours"),
     "ORT dynamic, per channel": ("ORT dynamic, per channel", "ours", "ort", "ours"),

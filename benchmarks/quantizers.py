@@ -26,7 +26,7 @@ def _samples(folder: str) -> list[dict[str, Any]]:
 
 
 def _vnni() -> bool:
-    """Whether this CPU adds 8-bit products up in 32 bits; said here again, as peers' environments have nothing of ours."""
+    """Whether this CPU adds 8-bit products up in 32 bits (peers' environments have nothing of ours)."""
     info = Path("/proc/cpuinfo")
     return not info.exists() or "vnni" in info.read_text()
 
@@ -50,14 +50,6 @@ def _dynamic() -> Any:
     return ["quantize-dynamic" if step == "quantize-static" else step for step in steps]
 
 
-def _operators() -> Any:
-    from onnxlathe.passes.presets import PRESETS
-    from onnxlathe.passes.quantize_static import QuantizeStatic
-
-    steps = PRESETS["cpu-int8"].passes
-    return [QuantizeStatic(form="operator") if step == "quantize-static" else step for step in steps]
-
-
 def ort_dynamic(source: str, target: str, folder: str) -> None:
     """onnxruntime's dynamic quantization, with its defaults."""
     from onnxruntime.quantization import quantize_dynamic
@@ -73,7 +65,7 @@ def ort_dynamic_best(source: str, target: str, folder: str) -> None:
 
 
 def ort_static(source: str, target: str, folder: str) -> None:
-    """onnxruntime's static QDQ quantization after its own pre-processing, uint8 x int8 per channel, 7 bits without VNNI."""
+    """onnxruntime's QDQ quantization after its own pre-processing: uint8 x int8 per channel, 7 bits without VNNI."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -132,7 +124,6 @@ def nncf(transformer: bool) -> Callable[[str, str, str], None]:
 
 TOOLS: dict[str, Callable[[str, str, str], None]] = {
     "onnxlathe static": onnxlathe(lambda: "cpu-int8"),
-    "onnxlathe static, operators": onnxlathe(_operators),
     "onnxlathe dynamic": onnxlathe(_dynamic),
     "ORT dynamic": ort_dynamic,
     "ORT dynamic, per channel": ort_dynamic_best,

@@ -14,8 +14,8 @@ from ..runtime.errors import ModelError, VerifyError
 from ..runtime.inference import expose, open_session, run_session, session_options, weights_outside
 from ..runtime.providers import Device
 from ..runtime.quantized_cache import cache_scales, dequantize_caches, quantize_caches
-from .decoder_steps import cache_names, defined_results
 from .graph import subgraphs
+from .padding import cache_names, defined_results, results_of_tokens
 
 Array = np.ndarray[Any, Any]
 Results = list[dict[str, Array]]
@@ -135,8 +135,8 @@ def check_model(model: ir.Model) -> None:
 def run_reference(model: ir.Model, feeds: Sequence[Mapping[str, Array]], device: Device = "cpu") -> Results:
     """Runs ``model`` on every sample with ORT's own optimizations and weight repacking off.
 
-    Of a decoder's sample with padding, what counts is the results of tokens and those of the step after
-    (``decoder_steps.py``). Samples and results have float caches also where the model's are int8.
+    Of a sample with padding, what counts is the results of tokens and, of a decoder, those of the step after
+    (``padding.py``). Samples and results have float caches also where the model's are int8.
     """
     session = open_session(model, session_options(optimize=False, repack=False), device)
     caches, scales = cache_names(model), cache_scales(model)
@@ -146,6 +146,8 @@ def run_reference(model: ir.Model, feeds: Sequence[Mapping[str, Array]], device:
         results = [
             defined_results(session, sample, found, caches) for sample, found in zip(feeds, results, strict=True)
         ]
+    else:
+        results = [results_of_tokens(sample, found) for sample, found in zip(feeds, results, strict=True)]
     return [dequantize_caches(found, scales) for found in results] if scales else results
 
 

@@ -16,6 +16,7 @@ from .fuse_conv import FuseConv
 from .fuse_gate_up import FuseGateUp
 from .fuse_gelu import FuseGelu
 from .fuse_group_query_attention import FuseGroupQueryAttention
+from .fuse_integer_product import FuseIntegerProduct
 from .fuse_linear import FuseLinear
 from .fuse_normalization import FuseNormalization
 from .fuse_qkv import FuseQKV
@@ -52,6 +53,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseConv,
         FuseGelu,
         FuseGroupQueryAttention,
+        FuseIntegerProduct,
         FuseLinear,
         FuseNormalization,
         FuseQKV,

@@ -75,6 +75,9 @@ def find_places(value: ir.Value, axis: int) -> list[Place]:
         return _through(node, node.inputs[0], axis)
     if is_op(node, "Add", "Mul"):
         return _binary_places(node, value, axis)
+    if is_op(node, "Attention") or is_op(node, "MultiHeadAttention", domain=MICROSOFT):
+        _check_attention(node, value, axis)
+        return _through(node, node.inputs[2], axis)
     raise CannotFold(f"{node.op_type} {node.name} in front of it does not pass a factor on")
 
 
@@ -130,6 +133,19 @@ def _check_normalization(node: ir.Node, value: ir.Value) -> None:
         raise CannotFold(f"{node.op_type} {node.name} normalizes more than the last axis")
     if value is not node.outputs[0]:
         raise CannotFold(f"{value.name} is the sum inside {node.name}, not what it normalized")
+
+
+def _check_attention(node: ir.Node, value: ir.Value, axis: int) -> None:
+    """Each channel of the result is a mean over one channel of the values, if every head has values of its own."""
+    packed = len(node.inputs) < 3 or node.inputs[2] is None
+    if axis != -1 or rank(value) != 3 or packed or rank(node.inputs[2]) != 3 or value is not node.outputs[0]:
+        raise CannotFold(f"{node.op_type} {node.name} does not lay its channels out along the last axis")
+    if attribute(node, "q_num_heads", 0) != attribute(node, "kv_num_heads", 0):
+        raise CannotFold(f"several heads of {node.op_type} {node.name} read the same values")
+    # Standard: past_value, and present_value as an output. MultiHeadAttention: bias of q, k and v, past_value.
+    more = [(*node.inputs, *[None] * 8)[index] for index in ((5,) if not node.domain else (3, 7))]
+    if any(extra is not None for extra in more) or any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
+        raise CannotFold(f"{node.op_type} {node.name} has a cache or a bias of its own, which the factor would change")
 
 
 def _layer_places(node: ir.Node, layer: LinearLayer) -> list[Place]:

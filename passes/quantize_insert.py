@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from ..compiler.graph import (
     FROM_KEY,
-    MICROSOFT,
     PASS_KEY,
     Array,
     Names,
@@ -22,14 +20,12 @@ from ..compiler.graph import (
     rank,
     remove_dead,
     replace,
-    require_domain,
 )
 from ..runtime.quantization import QuantSpec
 from ..runtime.ranges import TensorRange
 from .matching import next_node, other_operand
 from .quantization_plan import QuantPlan, clip_bounds, data_inputs
 
-Form = Literal["qdq", "operator"]
 _INT32 = 2**31 - 1
 
 
@@ -52,7 +48,7 @@ class _Quantized:
     step: Array
 
 
-def insert(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, TensorRange], by: str, form: Form = "qdq") -> None:
+def insert(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, TensorRange], by: str) -> None:
     """Rewrites ``model`` as ``plan`` says.
 
     Args:
@@ -60,18 +56,13 @@ def insert(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, TensorRange], 
         plan: what is quantized.
         ranges: for every activation of the plan, except those that share another's.
         by: name of the pass, for the metadata of new nodes.
-        form: ``qdq``: standard operators, which ONNX Runtime fuses when it loads the model; ``operator``: products
-            with constant matrices are written as ``com.microsoft.MatMulIntegerToFloat`` with their bias, which a QDQ
-            graph cannot say.
     """
-    _Inserter(model, plan, ranges, by, form).run()
+    _Inserter(model, plan, ranges, by).run()
 
 
 class _Inserter:
-    def __init__(
-        self, model: ir.Model, plan: QuantPlan, ranges: Mapping[str, TensorRange], by: str, form: Form
-    ) -> None:
-        self.model, self.graph, self.plan, self.ranges, self.by, self.form = model, model.graph, plan, ranges, by, form
+    def __init__(self, model: ir.Model, plan: QuantPlan, ranges: Mapping[str, TensorRange], by: str) -> None:
+        self.model, self.graph, self.plan, self.ranges, self.by = model, model.graph, plan, ranges, by
         self.names = Names(model)
         self.activations: dict[str, _Quantized] = {}
         self.weights: dict[tuple[ir.Value, QuantSpec], _Quantized] = {}
@@ -230,9 +221,7 @@ class _Inserter:
         width = (dims(weight.floats) or [0])[-1]
         if array is None or bias is None or array.size != width or array.shape[-1] != width or add is None:
             add = bias = array = None
-        if self.form == "operator":
-            self._operator(node, source, weight, add, bias, array)
-        elif add is not None and array is not None and bias is not None:
+        if add is not None and array is not None and bias is not None:
             self._safe_bias(node, source, weight, add, bias, array)
 
     def _safe_bias(
@@ -250,26 +239,3 @@ class _Inserter:
             shaped = array.reshape([1] * (size - 1) + [-1])
             wide = add_initializer(self.graph, self.names, f"{bias.name}_row", shaped)
             add.replace_input_with(list(add.inputs).index(bias), wide)
-
-    def _operator(
-        self,
-        node: ir.Node,
-        source: _Quantized,
-        weight: _Quantized,
-        add: ir.Node | None,
-        bias: ir.Value | None,
-        array: Array | None,
-    ) -> None:
-        require_domain(self.model, MICROSOFT)
-        last = add if add is not None else node
-        inputs = [source.integers, weight.integers, source.scale, weight.scale, source.zero_point, weight.zero_point]
-        if array is not None and bias is not None:
-            flat = (
-                bias if array.ndim == 1 else add_initializer(self.graph, self.names, f"{bias.name}_row", array.ravel())
-            )
-            inputs.append(flat)
-        result = last.outputs[0]
-        output = self.names.fresh(f"{result.name}_product")
-        name = self.names.fresh(f"{node.name}/integer")
-        new = make_node("MatMulIntegerToFloat", inputs, name=name, output=output, like=result, domain=MICROSOFT)
-        replace(last, [new], by=self.by, gone=[node] if add is not None else [])

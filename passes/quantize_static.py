@@ -17,7 +17,7 @@ from ..runtime.quantization_support import has_vnni
 from ..runtime.ranges import RangeMethod, TensorRange
 from .heal import heal
 from .quantization_plan import ANCHORS, Filter, PlanOptions, QuantPlan, make_plan
-from .quantize_insert import Form, insert
+from .quantize_insert import insert
 from .quantize_tables import quantize_tables
 from .sixteen_bit import widen
 from .upgrade_opset import UpgradeOpset
@@ -57,8 +57,6 @@ class QuantizeStatic(Pass):
         include: only nodes of these operator types, name globs or callables; empty: all.
         exclude: none of these.
         sixteen_bit: nodes whose activations get 16 bits, as in ``include``.
-        form: ``qdq`` for standard operators, ``operator`` for ``com.microsoft.MatMulIntegerToFloat`` with its bias;
-            the same kernels run.
         quality: how much may be lost; the worst layers are corrected, widened or left float until it holds (``heal``).
     """
 
@@ -76,7 +74,6 @@ class QuantizeStatic(Pass):
     include: tuple[Filter, ...] = ()
     exclude: tuple[Filter, ...] = ()
     sixteen_bit: tuple[Filter, ...] = ()
-    form: Form = "qdq"
     quality: Budget | None = None
 
     def __post_init__(self) -> None:
@@ -99,7 +96,7 @@ class QuantizeStatic(Pass):
             for node in model.graph:
                 if node.name in plan.nodes:
                     outcome.counts[f"{node.op_type} on integers"] += 1
-            insert(model, plan, outcome.ranges, self.name, self.form)
+            insert(model, plan, outcome.ranges, self.name)
             self._remark(plan, outcome)
         if self.embeddings:
             quantize_tables(model, self.include, self.exclude, self.name, outcome)

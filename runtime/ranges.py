@@ -144,6 +144,7 @@ def _square_error(seen: Histogram, low: float, high: float, spec: QuantSpec) -> 
 
 def _divergence(seen: Histogram, low: float, high: float, spec: QuantSpec) -> float:
     used = seen.counts > 0
+    used[_BINS // 2] = False  # zeros have a code of their own; behind Relu they would outweigh everything else
     centers, counts = seen.centers()[used], seen.counts[used].astype(np.float64)
     scale, zero = spec.parameters(low, high)
     codes = spec.quantize(centers.astype(np.float32), scale, zero).astype(np.int64)

@@ -167,16 +167,16 @@ def test_bad_budgets_and_missing_samples() -> None:
 def test_a_real_convolutional_network() -> None:
     """MNIST with one scale per weight tensor: a budget of 40 dB is kept on unseen images, give or take 2 dB."""
     with gzip.open(DATA / "mnist" / "t10k-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 1, 28, 28)[:40].astype(np.float32) / 255
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 1, 28, 28)[:200].astype(np.float32) / 255
     path = DATA / "mnist" / "mnist_conv.onnx"
     name = lathe.load(path).graph.inputs[0].name or ""
     feeds = [{name: image} for image in images]
     exact = lathe.compile(path, "cpu-fp32", calibration=feeds[:2], speed_gate=False, progress=False).model
     budget = Budget("sqnr", 40.0)
     plain, healed_ = (
-        lathe.compile(exact, [step], calibration=feeds[:30], verify=False, progress=False).model
+        lathe.compile(exact, [step], calibration=feeds[:150], verify=False, progress=False).model
         for step in (QuantizeStatic(per_channel=False), QuantizeStatic(per_channel=False, quality=budget))
     )
-    unseen = feeds[30:]
+    unseen = feeds[150:]
     losses = [budget.loss(unseen, run_reference(exact, unseen), run_reference(m, unseen)) for m in (plain, healed_)]
     assert losses[0] > -38.0 and losses[1] < -38.0 and is_quantized(healed_)

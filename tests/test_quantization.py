@@ -150,3 +150,12 @@ def test_samples_are_read_one_at_a_time_and_again(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{number}.npz", x=np.full(2, number))
     paths = Samples([tmp_path / "1.npz", tmp_path / "0.npz"])
     assert [s["x"][0] for s in paths] == [1, 0]
+
+
+def test_entropy_is_not_led_by_zeros() -> None:
+    """Behind Relu most values are zero; their bin has a code of its own and must not pull the range together."""
+    seen = Histogram()
+    values = np.abs(np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)
+    seen.update(np.concatenate([np.zeros(200_000, np.float32), values]))
+    found = choose_range(seen, "entropy")
+    assert found.high > 0.6 * values.max()

@@ -36,6 +36,7 @@ CONSTANTS = {
     "bq": array(12),
     "up": (array(16, 16) / 4 * OUTLIERS).astype(np.float32),
     "gate": array(16, 16) / 4,
+    "wide": (array(16, 8) / 4 * OUTLIERS[:8]).astype(np.float32),
     "half": array(16, 12).astype(np.float16),
     "shift": np.float32(0.1),
 }
@@ -51,7 +52,9 @@ def build(body: str, outputs: str = "y", x: str = "float[n, s, 16] x") -> ir.Mod
     head = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>'
     model = from_text(f"{head} e ({', '.join([x, *declared])}) => ({outputs}) {{ {body} }}", **used)
     for node in model.graph:
-        if node.op_type.endswith("LayerNormalization"):  # contrib operators, for which onnx infers no types
+        if (
+            node.op_type.endswith("LayerNormalization") or node.op_type == "MultiHeadAttention"
+        ):  # contrib operators, for which onnx infers no types
             node.outputs[0].type, node.outputs[0].shape = node.inputs[0].type, model.graph.inputs[0].shape
     infer_shapes(model)
     return model
@@ -77,6 +80,8 @@ NORM = "h = LayerNormalization(x, g, b)"
             "u = MatMul(x, up) c = MatMul(x, gate) s = Sigmoid(c) a = Mul(c, s) h = Mul(a, u) y = MatMul(h, wq)",
             "MatMul",
         ),
+        ("v = MatMul(x, up) h = Attention<q_num_heads=4, kv_num_heads=4>(x, x, v) y = MatMul(h, wq)", "MatMul"),
+        ("v = MatMul(x, up) h = com.microsoft.MultiHeadAttention<num_heads=2>(x, x, v) y = MatMul(h, wq)", "MatMul"),
     ],
 )
 def test_folded(body: str, rule: str) -> None:
@@ -131,6 +136,16 @@ def _layer_norm(x: np.ndarray) -> np.ndarray:
         ("r = Relu(x) h = Add(x, r) y = MatMul(h, wq)", "y", "sum of two values"),
         (f"{NORM} c = Cast<to=10>(h) y = MatMul(c, half)", "float16[n, s, 12] y", "not float32"),
         (f"{NORM} q = MatMul(h, wq) t = Tanh(x) k = MatMul(t, wq) y = Add(q, k)", "y", "also used elsewhere"),
+        (
+            "v = MatMul(x, wide) h = Attention<q_num_heads=4, kv_num_heads=2>(x, v, v) y = MatMul(h, wq)",
+            "y",
+            "read the same values",
+        ),
+        (
+            "v = MatMul(x, up) h, k, c = Attention<q_num_heads=4, kv_num_heads=4>(x, x, v) y = MatMul(h, wq)",
+            "y, float[n, 4, s, 4] c",
+            "a cache",
+        ),
         ("t = Tanh(x) h = LayerNormalization<axis=1>(t, plane) y = MatMul(h, wq)", "y", "more than the last axis"),
     ],
 )

@@ -1,11 +1,11 @@
-"""What counts of a decoder's results where a sample has padding."""
+"""What counts of a language model's results where a sample has padding."""
 
 from __future__ import annotations
 
 import numpy as np
 from grouped_decoders import Spec, decoder, step
 
-from onnxlathe.compiler.decoder_steps import cache_names
+from onnxlathe.compiler.padding import cache_names, results_of_tokens
 from onnxlathe.compiler.verify import compare, run_reference
 
 SPEC = Spec()
@@ -48,3 +48,12 @@ def test_a_wrong_cache_shows_in_the_step_after() -> None:
     wrong = decoder(Spec(replaced=swapped, extra={"half": np.array(0.5, np.float32)}))
     error, name = compare(run_reference(decoder(SPEC), [feeds]), run_reference(wrong, [feeds]))
     assert error > 1e-2 and name == "logits of the next step"
+
+
+def test_of_an_encoder_only_tokens_count() -> None:
+    mask = np.array([[1, 1, 1], [1, 0, 0]])
+    results = {"hidden": np.ones((2, 3, 4), np.float32), "pooled": np.ones((2, 4), np.float32)}
+    found = results_of_tokens({"attention_mask": mask}, results)
+    assert found["hidden"].sum() == 4 * 4 and np.array_equal(found["pooled"], results["pooled"])
+    for sample in ({}, {"attention_mask": mask[0]}, {"attention_mask": mask.astype(np.float32)}):
+        assert results_of_tokens(sample, results)["hidden"].all(), "nothing is known of padding"

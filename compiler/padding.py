@@ -1,7 +1,8 @@
-"""What a decoder's results mean where a sample has padding, so that two versions of it can be compared.
+"""What a language model's results mean where a sample has padding, so that two versions of it can be compared.
 
-What is computed at padded positions is arbitrary, and how a cache is laid out is the graph's own affair (some kernels
-want each row's tokens from slot 0 on). What counts is the results of tokens, and that the next step goes on from them.
+What is computed at padded positions is arbitrary, and how a decoder's cache is laid out is the graph's own affair (some
+kernels want each row's tokens from slot 0 on). What counts is the results of tokens, and of a decoder that the next
+step goes on from them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,17 @@ def defined_results(
         following[POSITIONS] = mask.sum(1, keepdims=True).astype(sample[POSITIONS].dtype)
     after = run_session(session, following)
     return defined | {f"{name} of the next step": after[name] for name in defined}
+
+
+def results_of_tokens(sample: Mapping[str, Array], results: Mapping[str, Array]) -> dict[str, Array]:
+    """``results`` with zeros at positions that ``attention_mask`` leaves out; all of them if there is no such input."""
+    mask = sample.get(MASK)
+    if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub" or mask.all():
+        return dict(results)
+    return {
+        name: _of_tokens(array, mask.astype(bool)) if array.shape[:2] == mask.shape else array
+        for name, array in results.items()
+    }
 
 
 def _of_tokens(array: Array, mask: Array) -> Array:
