@@ -24,6 +24,7 @@ CALIBRATION = 1000
 SIDES = {
     "onnxlathe": ("onnxlathe static", "ours", "lathe", "ours"),
     "ORT static": ("ORT static", "ours", "ort", "ours"),
+    "onnxsim static": ("onnxsim static", "onnxsim", "ort", "ours"),
     "NNCF in ORT": ("NNCF", "nncf", "ort", "ours"),
     "NNCF in OpenVINO": ("NNCF", "nncf", "openvino", "nncf"),
 }
@@ -95,7 +96,7 @@ def main() -> None:
         side.name: {"failure": side.failure, "top-1": accuracy.get(side.name), "speed": results[side.name]}
         for side in sides
     }
-    installed = {name for name in ("nncf",) if python_of(name).exists()}
+    installed = {name for name in ("nncf", "onnxsim") if python_of(name).exists()}
     print("wrote", write_result("cnn_int8", options.threads, {"sides": notes}, {"ours", *installed}))
 
 

@@ -36,6 +36,7 @@ SIDES = {
     "ORT dynamic on ORT-fused": ("ORT dynamic on ORT-fused", "ours", "ort", "ours"),
     "ORT static": ("ORT static", "ours", "ort", "ours"),
     "ORT static on ORT-fused": ("ORT static on ORT-fused", "ours", "ort", "ours"),
+    "onnxsim static": ("onnxsim static", "onnxsim", "ort", "ours"),
     "NNCF in ORT": ("NNCF transformer", "nncf", "ort", "ours"),
     "NNCF in OpenVINO": ("NNCF transformer", "nncf", "openvino", "nncf"),
 }
@@ -154,7 +155,7 @@ def main() -> None:
         side.name: {"failure": side.failure, "speed": results[side.name], "fidelity": quality.get(side.name)}
         for side in sides
     }
-    installed = {name for name in ("nncf",) if python_of(name).exists()}
+    installed = {name for name in ("nncf", "onnxsim") if python_of(name).exists()}
     print("wrote", write_result("encoder_int8", options.threads, {"sides": notes}, {"ours", *installed}))
 
 

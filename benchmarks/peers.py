@@ -28,6 +28,7 @@ VENVS = {
         "transformers",
         "psutil",
     ],
+    "onnxsim": [f"onnxruntime=={onnxruntime.__version__}", "onnx", "onnxsim"],
     "openvino": ["openvino", "numpy", "psutil"],
     # Its model builder reads a Hugging Face folder with torch and transformers.
     "genai": [

@@ -122,6 +122,14 @@ def nncf(transformer: bool) -> Callable[[str, str, str], None]:
     return run
 
 
+def onnxsim(source: str, target: str, folder: str) -> None:
+    """onnxsim's static QDQ quantization, with its defaults (per channel, minmax)."""
+    import onnx
+    import onnxsim as tool
+
+    onnx.save(tool.quantize_static(source, calibration_data=_samples(folder)), target)
+
+
 TOOLS: dict[str, Callable[[str, str, str], None]] = {
     "onnxlathe static": onnxlathe(lambda: "cpu-int8"),
     "onnxlathe dynamic": onnxlathe(_dynamic),
@@ -130,6 +138,7 @@ TOOLS: dict[str, Callable[[str, str, str], None]] = {
     "ORT static": ort_static,
     "ORT dynamic on ORT-fused": ort_fused(ort_dynamic_best),
     "ORT static on ORT-fused": ort_fused(ort_static),
+    "onnxsim static": onnxsim,
     "NNCF transformer": nncf(True),
     "NNCF": nncf(False),
 }

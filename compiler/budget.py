@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -44,6 +45,18 @@ class Budget:
             raise ValueError(f"held_out lies between 0 and 1, not {self.held_out}")
         if not math.isfinite(self.max_drop):
             raise ValueError(f"max_drop is a finite number, not {self.max_drop}")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Reads ``metric<=number`` (``sqnr>=number``), as the command line takes it: ``cosine<=0.005``.
+
+        Raises:
+            ValueError: the text says something else.
+        """
+        metric, sign, number = (*(part.strip() for part in re.split(r"(<=|>=)", text, maxsplit=1)), "", "")[:3]
+        if metric not in get_args(Metric) or sign != (">=" if metric == "sqnr" else "<="):
+            raise ValueError(f"a budget is METRIC<=NUMBER with {', '.join(get_args(Metric))} (sqnr>=dB), not {text!r}")
+        return cls(metric, float(number))  # pyright: ignore[reportArgumentType]
 
     @property
     def limit(self) -> float:

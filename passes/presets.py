@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..compiler.base import Pass
+from ..compiler.budget import Budget
 from ..runtime.errors import PassError
 from . import PASSES
 from .smooth_quant import SmoothQuant
@@ -81,6 +82,8 @@ def make_pass(name: str, **options: object) -> Pass:
         raise PassError(f"The pass {name!r} has no option {unknown}.", f"Its options: {', '.join(fields) or 'none'}.")
     hints = get_type_hints(kind)
     for option, value in options.items():
+        if isinstance(value, str) and Budget in get_args(hints[option]):
+            options[option] = value = _budget(name, option, value)
         if not _fits(value, hints[option]):
             say = repr if get_origin(hints[option]) is Literal else str
             wanted = ", ".join(map(say, get_args(hints[option]))) or hints[option].__name__
@@ -89,6 +92,15 @@ def make_pass(name: str, **options: object) -> Pass:
         return kind(**options)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError) as error:
         raise PassError(f"The pass {name!r} refuses its options: {error}.", "See `onnxlathe passes`.") from error
+
+
+def _budget(name: str, option: str, text: str) -> Budget:
+    try:
+        return Budget.parse(text)
+    except ValueError as error:
+        raise PassError(
+            f"The option {option} of {name!r} cannot be read.", f"{error}."[:1].upper() + f"{error}."[1:]
+        ) from error
 
 
 def _fits(value: object, hint: Any) -> bool:

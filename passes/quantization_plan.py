@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import Outcome
-from ..compiler.graph import constant, is_op, only_consumer, producer, rank
+from ..compiler.graph import constant, is_op, only_consumer, producer, rank, subgraphs
 from ..runtime.providers import Device
 from ..runtime.quantization import QuantSpec
 from ..runtime.quantization_support import predict, product_problem
@@ -110,6 +110,7 @@ class _Planner:
         self.result = QuantPlan()
 
     def plan(self) -> QuantPlan:
+        self._refuse_bodies()
         anchors = {node for node in self.graph if self._is_anchor(node)}
         joined = self._joined(anchors)
         running = anchors | joined
@@ -125,6 +126,17 @@ class _Planner:
         for node in self.graph:
             self._absorb(node)
         return self.result
+
+    def _refuse_bodies(self) -> None:
+        """Says of products in the bodies of If, Loop and Scan, and of recurrent layers, why they stay float."""
+        for outer in self.graph:
+            if is_op(outer, "LSTM", "GRU", "RNN"):
+                dynamic = "quantize-dynamic has one for it" if outer.op_type == "LSTM" else "ONNX Runtime has none"
+                self.outcome.refuse(outer, RULE, f"no integer kernel with fixed scales: {dynamic}")
+            for body in subgraphs(outer):
+                for node in body.all_nodes():
+                    if not node.domain and node.op_type in ANCHORS:
+                        self.outcome.refuse(node, RULE, f"it lies in a body of {outer.op_type}: not calibrated there")
 
     def _is_anchor(self, node: ir.Node) -> bool:
         if node.domain or node.op_type not in ANCHORS:

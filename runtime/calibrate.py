@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from .causal_lm import MASK
 from .errors import ModelError
 from .inference import expose, open_session, run_session, session_options
 from .providers import Device
@@ -42,7 +43,9 @@ def observe(
 
     Args:
         model: the graph; not changed.
-        observers: value name -> observer. Values inside the bodies of If, Loop and Scan cannot be observed.
+        observers: value name -> observer. Values inside the bodies of If, Loop and Scan cannot be observed. Of values
+            that have the axes of an input ``attention_mask``, [batch, sequence, ...], padded positions are left out:
+            the observer gets [tokens, ...]. What is computed there is nobody's business, and often extreme.
         feeds: samples, read one at a time and once.
         device: where to run.
         threads: intra-op threads, 0 for ONNX Runtime's default.
@@ -62,19 +65,32 @@ def observe(
     sessions = [
         open_session(expose(model, group), option, device) for group, option in zip(groups, options, strict=True)
     ]
+    padded = _padded_values(model)
     count = 0
     for sample in feeds:
         progress(f"calibrating: sample {count + 1}")
-        for name in names:
-            if name in inputs:
-                _show(observers[name], name, np.asarray(sample[name]), count)
-        for session, group in zip(sessions, groups, strict=True):
-            for name, array in run_session(session, sample, group).items():
-                _show(observers[name], name, array, count)
+        tokens = np.asarray(sample[MASK], bool) if padded else None
+        for session, group in zip(
+            [None, *sessions], [[name for name in names if name in inputs], *groups], strict=True
+        ):
+            arrays = sample if session is None else run_session(session, sample, group)
+            for name in group:
+                array = np.asarray(arrays[name])
+                _show(observers[name], name, array[tokens] if name in padded else array, count)
         count += 1
     if not count:
         raise ModelError("There are no calibration samples.", "Give some (calibration=..., --calibration x.npz).")
     return count
+
+
+def _padded_values(model: ir.Model) -> set[str]:
+    """Names of the values whose first two axes are those of ``attention_mask``, by their symbolic sizes."""
+    mask = next((value for value in model.graph.inputs if value.name == MASK), None)
+    axes = mask.shape[:2] if mask is not None and mask.shape is not None and len(mask.shape) == 2 else ()
+    if len(axes) != 2 or not all(isinstance(axis, ir.SymbolicDim) and axis.value for axis in axes):
+        return set()
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    return {value.name or "" for value in values if value.shape is not None and tuple(value.shape[:2]) == tuple(axes)}
 
 
 def _show(observer: Observer, name: str, array: Array, sample: int) -> None:

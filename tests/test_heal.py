@@ -17,6 +17,7 @@ from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.variants import is_quantized
 from onnxlathe.compiler.verify import check_structure, run_reference
 from onnxlathe.passes import QuantizeStatic
+from onnxlathe.passes.presets import make_pass
 from rewriting import from_text
 
 RNG = np.random.default_rng(0)
@@ -152,6 +153,16 @@ def test_the_split_is_seeded_and_disjoint() -> None:
     assert [len(list(part)) for part in single] == [1, 1]
 
 
+def test_budgets_from_text() -> None:
+    assert Budget.parse("cosine <= 0.005") == Budget("cosine", 0.005)
+    assert Budget.parse("sqnr>=30") == Budget("sqnr", 30.0)
+    step = make_pass("quantize-static", quality="kl<=0.01")
+    assert isinstance(step, QuantizeStatic) and step.quality == Budget("kl", 0.01)
+    for text in ("cosine", "cosine>=0.1", "sqnr<=30", "speed<=1", "kl<=little"):
+        with pytest.raises(lathe.PassError, match="quality"):
+            make_pass("quantize-static", quality=text)
+
+
 def test_bad_budgets_and_missing_samples() -> None:
     for options in ({"metric": "speed"}, {"held_out": 0.0}, {"max_drop": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(options))):
@@ -167,7 +178,9 @@ def test_bad_budgets_and_missing_samples() -> None:
 def test_a_real_convolutional_network() -> None:
     """MNIST with one scale per weight tensor: a budget of 40 dB is kept on unseen images, give or take 2 dB."""
     with gzip.open(DATA / "mnist" / "t10k-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 1, 28, 28)[:200].astype(np.float32) / 255
+        images = (
+            np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 1, 28, 28)[:200].astype(np.float32) / 255
+        )
     path = DATA / "mnist" / "mnist_conv.onnx"
     name = lathe.load(path).graph.inputs[0].name or ""
     feeds = [{name: image} for image in images]

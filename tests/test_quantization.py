@@ -159,3 +159,14 @@ def test_entropy_is_not_led_by_zeros() -> None:
     seen.update(np.concatenate([np.zeros(200_000, np.float32), values]))
     found = choose_range(seen, "entropy")
     assert found.high > 0.6 * values.max()
+
+
+def test_padded_positions_are_not_shown() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (int64[b, s] attention_mask, float[b, s, 3] x)
+        => (float[b, s, 3] y, float[b, 3] z) { y = Neg(x) z = ReduceMax<keepdims=0>(x, axes) }"""
+    model = from_text(text.replace("3] x)", "3] x, int64[1] axes)"), axes=np.array([1]))
+    x = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    seen = {name: MinMax() for name in ("x", "y", "z")}
+    observe(model, seen, [{"attention_mask": np.array([[1, 1], [1, 0]]), "x": x}])
+    assert (seen["x"].low, seen["x"].high) == (0.0, 8.0) and (seen["y"].low, seen["y"].high) == (-8.0, 0.0)
+    assert seen["z"].high == 11.0, "no axis of tokens"

@@ -259,6 +259,13 @@ def test_refusals(body: str, inputs: str, reason: str) -> None:
     assert not outcome.changed and any(reason in item.reason for item in outcome.refusals)
 
 
+def test_recurrent_layers_are_refused() -> None:
+    arrays = {"w": constant(1, 24, 8), "r": constant(1, 24, 6)}
+    model = build("y, h, c = LSTM<hidden_size=6>(x, w, r)", "float[s, n, 8] x", **arrays)
+    outcome = QuantizeStatic()(model, PassContext(feeds=samples(model)))
+    assert not outcome.changed and "quantize-dynamic has one" in outcome.refusals[0].reason
+
+
 def test_bodies_of_ifs_are_left_alone() -> None:
     model = inside_if(build("y = MatMul(x, w)", "float[n, 16] x", w=constant(16, 8)))
     assert not QuantizeStatic()(model, PassContext()).changed
