@@ -1,8 +1,10 @@
-"""A Llama-like decoder in fp32 on the CPU: prefill, decoding steps and whole generation loops, against the peers.
+r"""A Llama-like decoder on the CPU: prefill, decoding steps and whole generation loops, against the peers.
 
     python benchmarks/peers.py && python benchmarks/decoder.py               # the 135M Llama, everything: long
     python benchmarks/decoder.py --sides "genai graph,onnxlathe" --cases "decode 128 b1"
     python benchmarks/decoder.py --quick                                     # the tiny decoder, under a minute
+    python benchmarks/decoder.py --limit 1 --sides "genai int4 graph,onnxlathe" --result decoder_int4 \
+        --preset "cpu-fp32,quantize-weights:symmetric=true:head_bits=4:embedding_bits=4" --cases "decode 128 b1"
 
 Baseline: the first side, by default the graph of onnxruntime-genai's builder in plain onnxruntime; for loops, genai's
 own. Ratios above 1 are faster. Each side is alone in its process; sides take turns; threads are fixed. Before a side is
@@ -104,9 +106,9 @@ def measure(sides: list[Side], samples: dict[str, Path], options: argparse.Names
     expected = references(reference, options.config, samples, options.threads)
     results = compare(
         sides, samples, threads=options.threads, rounds=options.rounds, seconds=options.seconds, reference=expected,
-        warm=options.warm, limit=LIMIT,
+        warm=options.warm, limit=options.limit,
     )  # fmt: skip
-    show(f"{options.config} fp32, {options.threads} threads: times {sides[0].name}", sides, results, list(samples))
+    show(f"{options.config}, {options.threads} threads: times {sides[0].name}", sides, results, list(samples))
     rows = {side.name: {"note": side.note, "failure": side.failure, **results[side.name]} for side in sides}
     return {"baseline": sides[0].name, "sides": rows}
 
@@ -141,9 +143,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the tiny decoder, small cases, few rounds")
-    parser.add_argument("--preset", default="cpu-fp32", help="what onnxlathe compiles with")
+    parser.add_argument("--preset", default="cpu-fp32", help="what onnxlathe compiles with: a preset, or passes")
     parser.add_argument("--sides", default="", help=f"comma-separated; all: {', '.join(NAMES)}")
     parser.add_argument("--cases", default="", help=f"comma-separated; all: {', '.join(c.label for c in cases(False))}")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="largest relative error; 1 for low-bit sides")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="per turn")
     parser.add_argument("--threads", type=int, default=2)

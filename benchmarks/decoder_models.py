@@ -23,6 +23,8 @@ LOOPS = ("genai loop", "genai loop as it comes", "onnxlathe loop", "torch genera
 NAMES = (
     "genai graph",
     "genai graph last-logits",
+    "genai int4 graph",
+    "genai int8 graph",
     "ORT opset 20 eager",
     "ORT opset 23 SDPA",
     "onnxlathe",
@@ -62,7 +64,9 @@ def _model(name: str, config: str, preset: str) -> tuple[str, str, str]:
         if not python_of("genai").exists():
             raise RuntimeError(NOT_INSTALLED)
         last = name.endswith("last-logits")
-        built = _genai(config, folder / ("genai-last" if last else "genai"), last)
+        precision = next((kind for kind in ("int4", "int8") if kind in name), "fp32")
+        plain = "genai" if precision == "fp32" else f"genai-{precision}"
+        built = _genai(config, folder / ("genai-last" if last else plain), last, precision)
         return (name, str(built), "genai") if "loop" in name else ("ort", str(built / "model.onnx"), "ours")
     if name.startswith("ORT"):
         _, _, opset, attention = name.split()
@@ -119,7 +123,7 @@ def _export(config: str, opset: int, attention: str) -> Path:
     return target
 
 
-def _genai(config: str, target: Path, last: bool) -> Path:
+def _genai(config: str, target: Path, last: bool, precision: str) -> Path:
     """The folder that genai's builder makes, with its defaults or with only the last position's logits."""
     if target.exists():
         return target
@@ -127,7 +131,7 @@ def _genai(config: str, target: Path, last: bool) -> Path:
     options = ["--extra_options", "prune_lm_head=true"] if last else []
     command = [python_of("genai"), "-m", "onnxruntime_genai.models.builder", "-i", weights(config), "-o", draft]
     done = subprocess.run(
-        [*command, "-p", "fp32", "-e", "cpu", "-c", draft / "cache", *options], capture_output=True, text=True
+        [*command, "-p", precision, "-e", "cpu", "-c", draft / "cache", *options], capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"genai's builder: {done.stderr.strip().splitlines()[-1][:160]}")
@@ -164,7 +168,8 @@ def describe(path: Path) -> str:
     logits = next(value for value in graph.output if value.name == "logits")
     last = logits.type.tensor_type.shape.dim[1].dim_value == 1
     parts = [f"{len(graph.node)} nodes", *attention, "cache in place" if in_place else "cache copied"]
-    return ", ".join([*parts, "last logits" if last else "all logits"])
+    size = sum(file.stat().st_size for file in path.parent.glob("*.onnx*")) / 1e6
+    return ", ".join([*parts, "last logits" if last else "all logits", f"{size:.1f} MB"])
 
 
 def _draft(target: Path) -> Path:

@@ -19,8 +19,9 @@ from pathlib import Path
 def onnxlathe(source: str, target: str, passes: str, gate: bool) -> None:
     """Ours."""
     import onnxlathe as lathe
+    from onnxlathe.arguments import parse_passes
 
-    lathe.compile(source, passes, threads=2, speed_gate=gate, progress=False).save(target)
+    lathe.compile(source, parse_passes(passes), threads=2, speed_gate=gate, progress=False).save(target)
 
 
 def onnxslim(source: str, target: str) -> None:

@@ -14,6 +14,7 @@ from ..compiler.graph import (
     Names,
     add_initializer,
     attribute,
+    dims,
     is_op,
     make_node,
     replace,
@@ -120,11 +121,13 @@ class Writer:
         grid = coded.grid
         attributes = {"bits": grid.bits, "block_size": grid.block_size, "gather_axis": 0, "quantize_axis": 1}
         data, scales, zero_points = stored
+        padded = weight.inputs if flat else grid.scales.shape[1] * grid.block_size  # as MatMulNBits stores its rows
         for old in weight.gathers:
             new: list[ir.Node] = []
-            rows = data
+            rows, result = data, old.outputs[0]
+            known = dims(result)
             if not flat and isinstance(old.graph, ir.Graph) and data is not None:
-                shape = [weight.outputs, weight.inputs * grid.bits // 8]
+                shape = [weight.outputs, padded * grid.bits // 8]
                 sizes = add_initializer(old.graph, self._names, f"{weight.name}_table_shape", np.array(shape, np.int64))
                 name = self._names.fresh(f"{weight.name}_table")
                 new.append(
@@ -133,20 +136,32 @@ class Writer:
                 rows = new[-1].outputs[0]
             operands = [rows, old.inputs[1], scales, *([zero_points] if zero_points is not None else [])]
             name = self._names.fresh(f"{old.name}_q{grid.bits}")
-            output = self._names.fresh(f"{old.outputs[0].name}_q{grid.bits}")
-            result = old.outputs[0]
-            new.append(
-                make_node(
-                    "GatherBlockQuantized",
-                    operands,
-                    name=name,
-                    output=output,
-                    like=result,
-                    attributes=attributes,
-                    domain=MICROSOFT,
-                )
+            output = self._names.fresh(f"{result.name}_q{grid.bits}")
+            gather = make_node(
+                "GatherBlockQuantized",
+                operands,
+                name=name,
+                output=output,
+                like=result,
+                shape=[*known[:-1], padded] if known else None,
+                attributes=attributes,
+                domain=MICROSOFT,
             )
+            new.append(gather)
+            if padded != weight.inputs:
+                new.append(self._without_padding(old, gather.outputs[0], weight.inputs))
             replace(old, new, by=self._by)
+
+    def _without_padding(self, old: ir.Node, rows: ir.Value, width: int) -> ir.Node:
+        graph = old.graph
+        if not isinstance(graph, ir.Graph):
+            raise ValueError(f"{old.name} is in no graph")
+        bounds = [
+            add_initializer(graph, self._names, f"{old.name}_{what}", np.array([number], np.int64))
+            for what, number in (("start", 0), ("end", width), ("axis", -1))
+        ]
+        name = self._names.fresh(f"{old.name}_columns")
+        return make_node("Slice", [rows, *bounds], name=name, output=f"{name}_kept", like=old.outputs[0])
 
     def _qdq_tensors(self, graph: ir.Graph, weight: Weight, coded: Coded) -> list[ir.Value]:
         """Codes [K, N], scales [blocks, N] and, if asymmetric, zero points [blocks, N], for DequantizeLinear on axis 0.

@@ -141,6 +141,21 @@ def test_tied_table_and_head_are_stored_once(bits: Any) -> None:
     assert np.allclose(got, np.tanh(table[ids]) @ table.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_tied_table_whose_rows_do_not_fill_their_blocks(symmetric: bool) -> None:
+    """MatMulNBits wants whole blocks: the rows of the shared table are longer than those of the weight."""
+    table = TABLE[:, :40]
+    model = single(TIED, "int64[b, s] ids", "float[b, s, 50] logits", w=table)
+    ids = np.array([[1, 49, 7]])
+    step = plain(head_bits=4, embedding_bits=4, symmetric=symmetric)
+    after, _ = rewrite(step, model, feeds=[{"ids": ids}], tolerance=2.0)
+    assert ops(after)["Slice"] == 1
+    grid = searched_grid(table, 4, 32, symmetric)
+    decoded = grid.decode(grid.round(table))
+    got = run_session(open_session(after, session_options()), {"ids": ids})["logits"]
+    assert np.allclose(got, np.tanh(decoded[ids]) @ decoded.T, atol=1e-4)
+
+
 def test_table_and_head_with_bits_of_their_own() -> None:
     model = single(TIED, "int64[b, s] ids", "float[b, s, 50] logits", w=TABLE)
     ids = np.array([[1, 49, 7]])
