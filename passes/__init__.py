@@ -24,6 +24,7 @@ from .fuse_skip_normalization import FuseSkipNormalization
 from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
+from .partition.partition_stages import PartitionStages
 from .plan_memory import PlanMemory
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_kv_cache import QuantizeKVCache
@@ -60,6 +61,7 @@ PASSES: dict[str, type[Pass]] = {
         KeepLastLogits,
         MixedPrecision,
         PackQKV,
+        PartitionStages,
         QuantizeDynamic,
         QuantizeProgressive,
         QuantizeStatic,
