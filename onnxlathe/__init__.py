@@ -27,6 +27,8 @@ _EXPORTS = {
     "Compiled": ".compiler.pipeline",
     "load": ".runtime.artifact",
     "Session": ".runtime.session",
+    "StagedSession": ".runtime.stages",
+    "save_stages": ".compiler.save_parts",
     "Report": ".compiler.report",
     "PassRecord": ".compiler.report",
     "Pass": ".compiler.base",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from onnxlathe.compiler.export_lm import export_causal_lm
     from onnxlathe.compiler.pipeline import Compiled
     from onnxlathe.compiler.report import PassRecord, Report
+    from onnxlathe.compiler.save_parts import save_stages
     from onnxlathe.runtime.artifact import load
     from onnxlathe.runtime.errors import (
         ExportError,
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from onnxlathe.runtime.session import Session
+    from onnxlathe.runtime.stages import StagedSession
 
     from .analysis import analyze
     from .api import compile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import optimize, sparse
@@ -46,11 +47,13 @@ def solve_program(problem: StageProblem, count: int, time_limit: float = 10.0) -
     entries = [(index, column, value) for index, row in enumerate(rows) for column, value in row]
     r, c, v = (np.array(part) for part in zip(*entries, strict=True))
     matrix = sparse.csr_matrix((v, (r, c)), shape=(len(rows), last + 1))
+    most: Any = np.append(np.ones(last), sum(seconds))  # scipy's stubs know numbers only
+    limits: Any = np.array(upper)
     result = optimize.milp(
         c=np.eye(1, last + 1, last)[0],
-        constraints=optimize.LinearConstraint(matrix, -np.inf, np.array(upper)),
+        constraints=optimize.LinearConstraint(matrix, -np.inf, limits),
         integrality=np.append(np.ones(last), 0),
-        bounds=optimize.Bounds(0, np.append(np.ones(last), sum(seconds))),
+        bounds=optimize.Bounds(0, most),
         options={"time_limit": time_limit},
     )
     bound = getattr(result, "mip_dual_bound", None)
