@@ -70,6 +70,7 @@ def write_parts(
     folder: Path,
     metadata: Mapping[str, str],
     ort_config: Mapping[str, Any],
+    divided: Mapping[str, int] | None = None,
 ) -> Path:
     """Writes ``parts`` of ``model`` and their manifest into ``folder``."""
     build = build_hash(model)
@@ -96,6 +97,7 @@ def write_parts(
         placement.figures,
         describe_language_model(causal) if causal is not None else None,
         ort_config,
+        divided or {},
     )
     write_folder(folder, manifest, _writer(parts, files, {**metadata, BUILD_KEY: build}))
     return folder

@@ -74,6 +74,7 @@ class Manifest:
         figures: what the partitioning pass predicted.
         causal_lm: how the whole generates, as ``dataclasses.asdict`` of ``CausalLM`` with dtypes by number; else None.
         ort_config: session options.
+        divided: axis by which ranks divide an input or output of the whole (their caches).
     """
 
     kind: Literal["stages", "ranks"]
@@ -84,6 +85,7 @@ class Manifest:
     figures: Mapping[str, Any]
     causal_lm: Mapping[str, Any] | None
     ort_config: Mapping[str, Any]
+    divided: Mapping[str, int]
 
     def language_model(self) -> CausalLM | None:
         """How the whole generates; None if it is no language model with a cache."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +28,20 @@ class NodeProfile:
         seconds: its fastest run, bodies of If and Loop included.
         inputs: shapes of its tensor inputs, omitted ones left out.
         outputs: shapes of its tensor outputs, omitted ones left out.
-        output_bytes: bytes of each output.
+        output_types: ONNX Runtime's names of their element types, as ``float``.
     """
 
     seconds: float
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
-    output_bytes: tuple[int, ...]
+    output_types: tuple[str, ...]
+
+    @property
+    def output_bytes(self) -> tuple[int, ...]:
+        """Bytes of each output."""
+        kinds = [_TYPES.get(kind) for kind in self.output_types]
+        sizes = [0 if kind is None else kind.itemsize for kind in kinds]
+        return tuple(int(math.prod(shape) * size) for shape, size in zip(self.outputs, sizes, strict=True))
 
 
 def profile_nodes(
@@ -79,14 +87,24 @@ def _profile(event: Mapping[str, Any], fastest: float) -> NodeProfile:
         seconds=min(fastest, event["dur"] * 1e-6),
         inputs=tuple(tuple(shape) for entry in event["args"]["input_type_shape"] for shape in entry.values()),
         outputs=tuple(shape for _, shape in outputs),
-        output_bytes=tuple(int(np.prod(shape, dtype=np.int64)) * _ITEMSIZE.get(kind, 0) for kind, shape in outputs),
+        output_types=tuple(kind for kind, _ in outputs),
     )
 
 
-_ITEMSIZE = {
-    **dict.fromkeys(("float", "int32", "uint32"), 4),
-    **dict.fromkeys(("double", "int64", "uint64"), 8),
-    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
-    **dict.fromkeys(("int8", "uint8", "bool"), 1),
+def set_types(model: ir.Model, profiles: Mapping[str, NodeProfile]) -> None:
+    """Gives values of the main graph the type and rank that they had, where shape inference knows no type."""
+    for node in model.graph:
+        seen = profiles.get(node.name or "")
+        made = [value for value in node.outputs if value.name]
+        if seen is None or len(made) != len(seen.output_types):
+            continue
+        for value, kind, shape in zip(made, seen.output_types, seen.outputs, strict=True):
+            if value.type is None and kind in _TYPES:
+                value.type = ir.TensorType(_TYPES[kind])
+                value.shape = value.shape or ir.Shape([None] * len(shape))
+
+
+_TYPES = {
+    "float": ir.DataType.FLOAT,
+    **{kind.name.lower(): kind for kind in ir.DataType if kind.name.lower() not in ("undefined", "string", "float")},
 }
-"""Bytes of an element by ONNX Runtime's name of its type."""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 import onnxlathe as lathe
-from cached_decoders import stories
+from cached_decoders import grouped, stories
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.save_parts import build_hash
@@ -28,11 +28,6 @@ TEXT = """<ir_version: 10, opset_import: ["" : 20]> g (float[batch, 16] x, float
     c = If (add) <then_branch = yes () => (float[batch, 16] r) { r = Add(q, p) },
                   else_branch = no () => (float[batch, 16] r) { r = MatMul(q, a) }>
     s = Tanh(c)  t = MatMul(s, b)  y = Add(t, x) }"""
-
-
-@pytest.fixture(scope="module")
-def exported() -> ir.Model:
-    return lathe.export_causal_lm(stories(), check=False)
 
 
 def small() -> ir.Model:
@@ -111,18 +106,9 @@ def test_samples_are_read_as_they_are_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_stories_through_stages_are_the_same(in_place: bool, exported: ir.Model, tmp_path: Path) -> None:
+def test_stories_through_stages_are_the_same(in_place: bool, exported_stories: ir.Model, tmp_path: Path) -> None:
     """Both kinds of cache; rows of different lengths."""
-    steps = [
-        "upgrade-opset",
-        "cleanup",
-        "fold-constants",
-        "fuse-normalization",
-        "fuse-group-query-attention",
-        "cleanup",
-    ]
-    model = lathe.compile(exported, steps if in_place else ["cleanup"], verify=False, progress=False).model
-    assert lathe.Session(model)._causal_lm.in_place is in_place  # type: ignore[union-attr]
+    model = grouped(stories(), rotary=False) if in_place else exported_stories
     prompts = [[1, 403, 407, 261, 378], [1, 346, 388]]
     expected = lathe.Session(model, threads=1).generate(prompts, 40)
     for k in (2, 3):

@@ -16,7 +16,7 @@ from ...compiler.base import PassContext
 from ...compiler.graph import Array
 from ...runtime.errors import LatheError
 from ...runtime.feeds import make_feeds
-from ...runtime.node_profile import NodeProfile, Shape, profile_nodes
+from ...runtime.node_profile import NodeProfile, Shape, profile_nodes, set_types
 from ...runtime.parts import reads
 from ..lifetimes import Flow, Sizes, flow_of
 
@@ -99,6 +99,8 @@ NOT_TO_CUT = 1 << 60
 def graph_costs(model: ir.Model, how: CostModel, context: PassContext, machine: Machine | None = None) -> GraphCosts:
     """Costs of the nodes of the main graph, from a run on a sample (the first given one, else a made one).
 
+    Values whose types are not known get them.
+
     Args:
         model: the model.
         how: ``"measured"``: seconds of each node in ONNX Runtime; ``"roofline"``: from its arithmetic and traffic.
@@ -111,6 +113,7 @@ def graph_costs(model: ir.Model, how: CostModel, context: PassContext, machine: 
     feeds: Mapping[str, Array] | None = next(iter(context.feeds), None)
     runs = 5 if how == "measured" else 1
     profiles = profile_nodes(model, feeds or make_feeds(model, context.seed, 1)[0], threads=context.threads, runs=runs)
+    set_types(model, profiles)
     roof = machine or (this_machine() if how == "roofline" else None)
     weights: list[dict[str, int]] = []
     seconds: list[float] = []
