@@ -20,7 +20,9 @@ from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext
 from .gate import measure_speed
 from .graph import count_ops, weight_bytes
+from .ranks import save_ranks
 from .report import PassRecord, Report, Speed
+from .save_parts import save_stages
 from .variants import is_quantized
 
 OnError = Literal["raise", "skip"]
@@ -47,6 +49,14 @@ class Compiled:
     def save_genai(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Writes the artifact as an onnxruntime-genai folder; options as in ``runtime.genai_folder.save_genai``."""
         return save_genai(self.model, folder, metadata=self._metadata(), ort_config=self.ort_config, **options)
+
+    def save_stages(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the stages of ``partition-stages``, a file each, and ``manifest.json``."""
+        return save_stages(self.model, folder, metadata=self._metadata(), ort_config=self.ort_config)
+
+    def save_ranks(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the ranks of ``partition-tensor``, a file each, and ``manifest.json``."""
+        return save_ranks(self.model, folder, metadata=self._metadata(), ort_config=self.ort_config)
 
     def session(self, device: str = "cpu", threads: int = 0) -> Session:
         """Opens the compiled model without saving it."""

@@ -27,6 +27,10 @@ _EXPORTS = {
     "Compiled": ".compiler.pipeline",
     "load": ".runtime.artifact",
     "Session": ".runtime.session",
+    "RankedSession": ".runtime.ranks",
+    "StagedSession": ".runtime.stages",
+    "save_ranks": ".compiler.ranks",
+    "save_stages": ".compiler.save_parts",
     "Report": ".compiler.report",
     "PassRecord": ".compiler.report",
     "Pass": ".compiler.base",
@@ -54,7 +58,9 @@ if TYPE_CHECKING:
     from onnxlathe.compiler.export import export
     from onnxlathe.compiler.export_lm import export_causal_lm
     from onnxlathe.compiler.pipeline import Compiled
+    from onnxlathe.compiler.ranks import save_ranks
     from onnxlathe.compiler.report import PassRecord, Report
+    from onnxlathe.compiler.save_parts import save_stages
     from onnxlathe.runtime.artifact import load
     from onnxlathe.runtime.errors import (
         ExportError,
@@ -65,7 +71,9 @@ if TYPE_CHECKING:
         RuntimeUnavailable,
         VerifyError,
     )
+    from onnxlathe.runtime.ranks import RankedSession
     from onnxlathe.runtime.session import Session
+    from onnxlathe.runtime.stages import StagedSession
 
     from .analysis import analyze
     from .api import compile

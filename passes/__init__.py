@@ -25,6 +25,8 @@ from .fuse_skip_normalization import FuseSkipNormalization
 from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
+from .partition.partition_stages import PartitionStages
+from .partition.partition_tensor import PartitionTensor
 from .plan_memory import PlanMemory
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_kv_cache import QuantizeKVCache
@@ -62,6 +64,8 @@ PASSES: dict[str, type[Pass]] = {
         KeepLastLogits,
         MixedPrecision,
         PackQKV,
+        PartitionStages,
+        PartitionTensor,
         QuantizeDynamic,
         QuantizeProgressive,
         QuantizeStatic,

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from ..compiler.graph import subgraphs
 from ..compiler.memory_plan import PlannedBuffer
 from ..runtime.errors import PlanError
+from ..runtime.parts import reads
 from .symbolic import SymbolicShapes
 
 ALIGNMENT = 64  # bytes; ORT's CPU allocator aligns to the same
@@ -161,11 +161,11 @@ def flow_of(graph: ir.Graph, sizes: Sizes) -> Flow:
     """
     nodes = list(graph)
     position = {node: index for index, node in enumerate(nodes)}
-    reads = [_reads(node) for node in nodes]
+    read = [reads(node) for node in nodes]
     home: dict[ir.Value, int] = {}  # value -> its tensor
     flow = Flow([set() for _ in nodes], [], [[] for _ in nodes])
     for index, node in enumerate(nodes):
-        for value in reads[index]:
+        for value in read[index]:
             maker = value.producer()
             if maker is not None and maker in position:
                 flow.before[index].add(position[maker])
@@ -194,16 +194,6 @@ def flow_of(graph: ir.Graph, sizes: Sizes) -> Flow:
 def _is_view(source: ir.Value | None, output: ir.Value, home: Mapping[ir.Value, int]) -> bool:
     """A graph output cannot be the memory of an input or an initializer: it is copied."""
     return source is not None and (source in home or not output.is_graph_output())
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """What ``node`` and the bodies in it read."""
-    values = [value for value in node.inputs if value is not None]
-    for body in subgraphs(node):
-        for inner in body:
-            values += _reads(inner)
-        values += [value for value in body.outputs if value.producer() is None]
-    return values
 
 
 def _require_known(sizes: Sizes) -> None:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from .artifact import save
 from .causal_lm import CausalLM, read_causal_lm
 from .errors import ModelError
+from .manifest import replace_folder
 
 CONFIG = "genai_config.json"
 _TOKENIZER_FILES = (
@@ -93,7 +94,7 @@ def save_genai(
         save(model, draft / "model.onnx", metadata=metadata)
         (draft / CONFIG).write_text(json.dumps(config, indent=4) + "\n")
         _copy_tokenizer(Path(tokenizer) if tokenizer is not None else source, draft, required=tokenizer is not None)
-        _replace(draft, target)
+        replace_folder(draft, target)
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {error}.", "Check permissions and free space.") from error
     finally:
@@ -218,17 +219,3 @@ def _copy_tokenizer(source: Path | None, draft: Path, required: bool) -> None:
         raise ModelError(f"There are no tokenizer files in {source}.", f"Such as {', '.join(_TOKENIZER_FILES[:3])}.")
     for file in files:
         shutil.copyfile(file, draft / file.name)
-
-
-def _replace(draft: Path, target: Path) -> None:
-    """Moves the complete folder into place; the old one goes only then."""
-    old = draft.with_name(f"{draft.name}-old")
-    if target.exists():
-        target.rename(old)
-    try:
-        draft.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 
 from .causal_lm import CausalLM
 from .errors import ModelError
@@ -19,6 +18,18 @@ from .sampling import Sampling
 Array = np.ndarray[Any, Any]
 OnToken = Callable[[int, int], object]
 _ROOM = 256  # tokens that a cache without a fixed length begins with, beyond the prompt
+
+
+class Runnable(Protocol):
+    """What the loop runs: an ``ort.InferenceSession``, or several that look like one."""
+
+    def io_binding(self) -> Any:
+        """A binding of inputs and outputs to memory."""
+        ...
+
+    def run_with_iobinding(self, iobinding: Any) -> None:
+        """Runs what was bound."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Request:
 
 
 def generate(
-    session: ort.InferenceSession,
+    session: Runnable,
     model: CausalLM,
     device: Device,
     prompts: TokenIds | Sequence[TokenIds],
@@ -89,7 +100,7 @@ class _Generation:
     """Rows that run together, each [prompt, new tokens]."""
 
     def __init__(
-        self, session: ort.InferenceSession, model: CausalLM, device: Device, rows: Sequence[Row], request: Request
+        self, session: Runnable, model: CausalLM, device: Device, rows: Sequence[Row], request: Request
     ) -> None:
         self._session = session
         self._model = model
@@ -167,7 +178,7 @@ class _Generation:
 class _Stepper:
     """Runs of one binding: tokens in, logits of the last position out, the cache carried on."""
 
-    def __init__(self, session: ort.InferenceSession, model: CausalLM, device: Device, cache: Cache) -> None:
+    def __init__(self, session: Runnable, model: CausalLM, device: Device, cache: Cache) -> None:
         self._session = session
         self._model = model
         self._device: Device = device

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import onnxlathe as lathe
+from cached_decoders import stories
 from onnxlathe.runtime.artifact import save
 from rewriting import from_text
 
@@ -41,3 +43,9 @@ def samples() -> Callable[[int], list[dict[str, np.ndarray]]]:
         return [{"x": rng.standard_normal((batch + 1, 8)).astype(np.float32)} for batch in range(count)]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported_stories() -> ir.Model:
+    """stories260k as torch exports it; not to be changed."""
+    return lathe.export_causal_lm(stories(), check=False)

@@ -1,0 +1,1 @@
+"""Passes that divide a model: stages of a pipeline, ranks of tensor parallelism, devices."""
