@@ -11,6 +11,8 @@ import numpy as np
 from .causal_lm import CausalLM
 from .errors import ModelError
 from .kv_cache import Cache, make_cache
+from .memory import BufferPool
+from .prefix_cache import PrefixCache
 from .prompts import Row, TokenIds, check_prompts, read_prompts
 from .providers import Device
 from .sampling import Sampling
@@ -44,6 +46,8 @@ class Request:
         sampling: how tokens are chosen.
         eos: tokens that end a row.
         on_token: called with (row, token) for each token.
+        prefixes: texts seen before.
+        pool: where the cache's memory comes from.
     """
 
     max_new_tokens: int
@@ -53,6 +57,8 @@ class Request:
     sampling: Sampling
     eos: frozenset[int]
     on_token: OnToken | None
+    prefixes: PrefixCache | None
+    pool: BufferPool | None
 
 
 def generate(
@@ -68,6 +74,8 @@ def generate(
     on_token: OnToken | None,
     max_length: int | None,
     prefill_chunk: int,
+    prefixes: PrefixCache | None = None,
+    pool: BufferPool | None = None,
 ) -> Array | list[Array]:
     """``Session.generate``, for a raw session whose graph is ``model``."""
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
@@ -82,8 +90,9 @@ def generate(
     check_prompts(arrays, model.vocabulary, limit, max_length is not None)
     ends = model.eos if eos is None else (eos,) if isinstance(eos, int) else eos
     request = Request(
-        max_new_tokens, limit, max_length is not None, prefill_chunk, sampling, frozenset(map(int, ends)), on_token
-    )
+        max_new_tokens, limit, max_length is not None, prefill_chunk, sampling, frozenset(map(int, ends)), on_token,
+        prefixes, pool,
+    )  # fmt: skip
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(arrays)
     if len(seeds) != len(arrays):
         raise ModelError(f"There are {len(arrays)} prompts and {len(seeds)} seeds.", "Give one seed, or one a prompt.")
@@ -112,7 +121,7 @@ class _Generation:
         # Slots that can be needed at most; with padding on the left, every row has those of the longest.
         self._most = int((prompts + steps).max() if model.in_place else prompts.max() + steps.max())
         capacity = self._most if request.fixed else min(self._most, int(prompts.max()) + _ROOM)
-        self._cache = make_cache(model, len(rows), capacity, int(prompts.max()), device)
+        self._cache = make_cache(model, len(rows), capacity, int(prompts.max()), device, request.pool)
         self._lengths = np.zeros(len(rows), np.int64)  # tokens of each row in the cache
 
     def run(self) -> None:
@@ -121,19 +130,31 @@ class _Generation:
         active = [index for index, row in enumerate(self._rows) if not row.done]
         if active:
             self._decode(active)
+        for index, row in enumerate(self._rows):  # the last token chosen has not run
+            self._keep(index, np.concatenate([row.prompt, row.tokens])[: self._lengths[index]])
 
     def _prefill(self, index: int, prompt: Array) -> Array:
         """Runs a prompt in chunks, alone: exact and without padding. Returns the last position's logits."""
         cache = self._cache.row(index, len(prompt))
         stepper = _Stepper(self._session, self._model, self._device, cache)
         logits = np.empty(0, np.float32)
-        for start in range(0, len(prompt), self._request.chunk):
+        known = 0
+        if self._request.prefixes is not None:
+            known, arrays = self._request.prefixes.find(prompt)
+            if known:
+                cache.load(arrays, known)
+        for start in range(known, len(prompt), self._request.chunk):
             piece = prompt[None, start : start + self._request.chunk]
             end = start + piece.shape[1]
             logits = stepper.step(piece, np.ones((1, end)), np.arange(start, end)[None])
         self._cache.put(index, cache, len(prompt))
         self._lengths[index] = len(prompt)
+        self._keep(index, prompt)
         return logits[0]
+
+    def _keep(self, index: int, tokens: Array) -> None:
+        if self._request.prefixes is not None:
+            self._request.prefixes.keep(tokens, self._cache.save(index, len(tokens)))
 
     def _decode(self, active: list[int]) -> None:
         """A token for each row until all are done. A row that is done keeps its length and is computed for nothing."""

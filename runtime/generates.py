@@ -7,6 +7,8 @@ from typing import Any
 
 from .causal_lm import CausalLM
 from .generate import OnToken, Runnable, generate
+from .memory import BufferPool
+from .prefix_cache import PrefixCache
 from .prompts import TokenIds
 from .providers import Device
 from .sampling import Sampling
@@ -17,9 +19,12 @@ class Generates:
 
     Attributes:
         device: where it runs.
+        prefixes: keys and values of texts seen before; None: each prompt is computed in full.
     """
 
     device: Device
+    prefixes: PrefixCache | None = None
+    _buffers: BufferPool
 
     def _generator(self) -> tuple[Runnable, CausalLM]:
         """What runs, and how.
@@ -87,4 +92,6 @@ class Generates:
             on_token=on_token,
             max_length=max_length,
             prefill_chunk=prefill_chunk,
+            prefixes=self.prefixes,
+            pool=self._buffers,
         )

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from .causal_lm import CacheTensor, CausalLM
+from .memory import BufferPool
 from .providers import Device
 
 Array = np.ndarray[Any, Any]
@@ -19,12 +20,16 @@ _CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # NumPy has
 class Buffer:
     """Zeroed memory on a device, big enough for ``shape``; its elements are seen as unsigned integers."""
 
-    def __init__(self, shape: Sequence[int], itemsize: int, device: Device) -> None:
+    def __init__(self, shape: Sequence[int], itemsize: int, device: Device, pool: BufferPool | None = None) -> None:
         carrier = np.dtype(_CARRIERS[itemsize])
         count = int(np.prod(shape))
-        raw = np.zeros(count * itemsize + _ALIGNMENT, np.uint8)  # untouched pages cost no memory
-        start = -raw.ctypes.data % _ALIGNMENT
-        self._host: Array = raw[start : start + count * itemsize].view(carrier)
+        if pool is not None and device == "cpu":
+            self._host: Array = pool.empty((count,), carrier)
+            self._host.fill(0)
+        else:
+            raw = np.zeros(count * itemsize + _ALIGNMENT, np.uint8)  # untouched pages cost no memory
+            start = -raw.ctypes.data % _ALIGNMENT
+            self._host = raw[start : start + count * itemsize].view(carrier)
         self._device: Any = None
         self.pointer: int = self._host.ctypes.data
         if device != "cpu":
@@ -79,12 +84,25 @@ class Cache(Protocol):
         """Takes over the row filled."""
         ...
 
+    def load(self, arrays: Sequence[Array], length: int) -> None:
+        """Fills an empty ``row`` with the first ``length`` tokens of arrays that ``save`` gave."""
+        ...
 
-def make_cache(model: CausalLM, batch: int, capacity: int, width: int, device: Device) -> Cache:
-    """The kind of cache that ``model`` runs with, for ``batch`` rows of which the longest begins with ``width``."""
+    def save(self, index: int, length: int) -> list[Array]:
+        """Copies of what row ``index`` holds of its first ``length`` tokens, [heads, length, size] each."""
+        ...
+
+
+def make_cache(
+    model: CausalLM, batch: int, capacity: int, width: int, device: Device, pool: BufferPool | None = None
+) -> Cache:
+    """The kind of cache that ``model`` runs with, for ``batch`` rows of which the longest begins with ``width``.
+
+    Memory on the CPU comes from ``pool``, if there is one, and goes back to it with the cache.
+    """
     if model.in_place:
-        return InPlaceCache(model.cache, batch, capacity, device)
-    return GrowingCache(model.cache, batch, capacity, width if batch > 1 else 0, device)
+        return InPlaceCache(model.cache, batch, capacity, device, pool)
+    return GrowingCache(model.cache, batch, capacity, width if batch > 1 else 0, device, pool)
 
 
 class InPlaceCache:
@@ -93,10 +111,18 @@ class InPlaceCache:
     Row r's tokens lie from slot 0 on, so rows of different lengths need no padding.
     """
 
-    def __init__(self, tensors: Sequence[CacheTensor], batch: int, capacity: int, device: Device) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[CacheTensor],
+        batch: int,
+        capacity: int,
+        device: Device,
+        pool: BufferPool | None = None,
+    ) -> None:
         self._tensors = tensors
         self._batch = batch
         self._device: Device = device
+        self._pool = pool
         self._first_row = 0
         self.capacity = capacity
         self._buffers = [self._allocate(tensor, capacity) for tensor in tensors]
@@ -144,9 +170,22 @@ class InPlaceCache:
     def put(self, index: int, row: Cache, length: int) -> None:
         pass
 
+    def load(self, arrays: Sequence[Array], length: int) -> None:
+        for tensor, buffer, array in zip(self._tensors, self._buffers, arrays, strict=True):
+            whole = buffer.read()
+            self._of_row(tensor, whole, self._first_row)[:, :length] = array[:, :length]
+            buffer.write(whole)
+
+    def save(self, index: int, length: int) -> list[Array]:
+        pairs = zip(self._tensors, self._buffers, strict=True)
+        return [self._of_row(tensor, buffer.read(), index)[:, :length].copy() for tensor, buffer in pairs]
+
+    def _of_row(self, tensor: CacheTensor, whole: Array, index: int) -> Array:
+        return whole.reshape(-1, tensor.heads, self.capacity, tensor.size)[index]
+
     def _allocate(self, tensor: CacheTensor, capacity: int) -> Buffer:
         shape = (self._batch, tensor.heads, capacity, tensor.size)
-        return Buffer(shape, tensor.itemsize, self._device)
+        return Buffer(shape, tensor.itemsize, self._device, self._pool)
 
 
 class GrowingCache:
@@ -156,10 +195,19 @@ class GrowingCache:
     Both buffers have their full size from the start, so a step allocates nothing; what ``Concat`` copies is copied.
     """
 
-    def __init__(self, tensors: Sequence[CacheTensor], batch: int, capacity: int, length: int, device: Device) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[CacheTensor],
+        batch: int,
+        capacity: int,
+        length: int,
+        device: Device,
+        pool: BufferPool | None = None,
+    ) -> None:
         self._tensors = tensors
         self._batch = batch
         self._device: Device = device
+        self._pool = pool
         self._length = length
         self.capacity = capacity
         self._past = self._allocate(capacity)
@@ -199,21 +247,37 @@ class GrowingCache:
 
     def row(self, index: int, length: int) -> GrowingCache:
         """A cache of its own; the only row of a batch is filled where it stays."""
-        return self if self._batch == 1 else GrowingCache(self._tensors, 1, length, 0, self._device)
+        return self if self._batch == 1 else GrowingCache(self._tensors, 1, length, 0, self._device, self._pool)
 
     def put(self, index: int, row: Cache, length: int) -> None:
         if row is self or not isinstance(row, GrowingCache):
             return
         for tensor, source, target in zip(self._tensors, row._past, self._past, strict=True):
             array = target.read()
-            shape = (self._batch, tensor.heads, self._length, tensor.size)
             filled = source.read()[: tensor.heads * length * tensor.size].reshape(tensor.heads, length, tensor.size)
-            array[: int(np.prod(shape))].reshape(shape)[index, :, self._length - length :] = filled
+            self._of_rows(tensor, array)[index, :, self._length - length :] = filled
             target.write(array)
+
+    def load(self, arrays: Sequence[Array], length: int) -> None:
+        self._length = length
+        for tensor, buffer, array in zip(self._tensors, self._past, arrays, strict=True):
+            whole = buffer.read()
+            self._of_rows(tensor, whole)[0] = array[:, :length]
+            buffer.write(whole)
+
+    def save(self, index: int, length: int) -> list[Array]:
+        pairs = zip(self._tensors, self._past, strict=True)
+        return [
+            self._of_rows(tensor, buffer.read())[index, :, self._length - length :].copy() for tensor, buffer in pairs
+        ]
+
+    def _of_rows(self, tensor: CacheTensor, whole: Array) -> Array:
+        shape = (self._batch, tensor.heads, self._length, tensor.size)
+        return whole[: int(np.prod(shape))].reshape(shape)
 
     def _allocate(self, capacity: int) -> list[Buffer]:
         return [
-            Buffer((self._batch, tensor.heads, capacity, tensor.size), tensor.itemsize, self._device)
+            Buffer((self._batch, tensor.heads, capacity, tensor.size), tensor.itemsize, self._device, self._pool)
             for tensor in self._tensors
         ]
 

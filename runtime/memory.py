@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import defaultdict
 from typing import Any
 
@@ -15,6 +16,7 @@ _ALIGNMENT = 64
 _SHARED_TYPES = frozenset(
     (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT64)
 )
+_SPARE = 4  # a free buffer up to so many times as large does as well
 _STEPS = 4  # size classes between two powers of two: at most a fifth of a buffer is unused
 
 
@@ -49,9 +51,10 @@ class PoolUse:
 
 
 class BufferPool:
-    """Buffers in size classes, used again when the arrays in them are gone."""
+    """Buffers in size classes, used again when the arrays in them are gone. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()  # an array may be collected, and return, while another is taken
         self._free: defaultdict[int, list[Array]] = defaultdict(list)
         self._hits = self._misses = self._live = self._held = self._peak = 0
 
@@ -63,9 +66,10 @@ class BufferPool:
 
     def shrink(self) -> int:
         """Frees the buffers that nobody uses; returns how many bytes."""
-        freed = sum(size * len(buffers) for size, buffers in self._free.items())
-        self._free.clear()
-        self._held -= freed
+        with self._lock:
+            freed = sum(size * len(buffers) for size, buffers in self._free.items())
+            self._free.clear()
+            self._held -= freed
         return freed
 
     @property
@@ -74,22 +78,26 @@ class BufferPool:
         return PoolUse(self._hits, self._misses, self._live, self._held, self._peak)
 
     def _take(self, size: int) -> Array:
-        if self._free[size]:
-            self._hits += 1
-            return self._free[size].pop()
-        self._misses += 1
-        self._held += size
-        self._peak = max(self._peak, self._held)
+        with self._lock:
+            fitting = [free for free, buffers in self._free.items() if buffers and size <= free <= _SPARE * size]
+            if fitting:
+                self._hits += 1
+                return self._free[min(fitting)].pop()
+            self._misses += 1
+            self._held += size
+            self._peak = max(self._peak, self._held)
         return np.empty(size + _ALIGNMENT, np.uint8)
 
     def borrowed(self, size: int) -> None:
         """Counts a lease."""
-        self._live += size
+        with self._lock:
+            self._live += size
 
     def returned(self, buffer: Array, size: int) -> None:
         """Takes a buffer back."""
-        self._live -= size
-        self._free[len(buffer) - _ALIGNMENT].append(buffer)
+        with self._lock:
+            self._live -= size
+            self._free[len(buffer) - _ALIGNMENT].append(buffer)
 
 
 class _Lease:

@@ -19,6 +19,7 @@ from .generate import Runnable
 from .generates import Generates
 from .inference import open_session, session_options
 from .manifest import Manifest, load_part, read_manifest
+from .memory import BufferPool
 from .parted import PartedSession, Step, of_rank
 from .parts import Part, cut, reads
 from .providers import resolve_device
@@ -94,6 +95,7 @@ class RankedSession(Generates):
 
     def __init__(self, folder: str | os.PathLike[str], device: str = "cpu", threads: int = 1) -> None:
         self.device = resolve_device(device)
+        self._buffers = BufferPool()
         self.manifest = read_manifest(Path(folder))
         if self.manifest.kind != "ranks":
             raise PlanError(f"{folder} holds {self.manifest.kind}, not ranks.", "Write it with save_ranks.")

@@ -23,6 +23,7 @@ from .generates import Generates
 from .huge_pages import huge_pages
 from .inference import open_session, run_session, session_options
 from .memory import BufferPool, PoolUse, SharedWeights
+from .prefix_cache import PrefixCache
 from .providers import Device, resolve_device
 
 Array = np.ndarray[Any, Any]
@@ -39,6 +40,8 @@ class Session(Generates):
         ort_config: session options; None takes those stored in the artifact.
         profile: write an ONNX Runtime profile, read by ``profile()``.
         weights: weights that other sessions of the same model use too.
+        prefix_cache: bytes of keys and values that ``generate`` keeps, so that a prompt that begins like an earlier
+            text does not compute that part again; ``prefixes.use`` shows what it is worth. 0: none.
 
     Raises:
         RuntimeUnavailable: the device asked for cannot run here.
@@ -54,7 +57,9 @@ class Session(Generates):
         ort_config: Mapping[str, Any] | None = None,
         profile: bool = False,
         weights: SharedWeights | None = None,
+        prefix_cache: int = 0,
     ) -> None:
+        self.prefixes = PrefixCache(prefix_cache) if prefix_cache else None
         self.device: Device = resolve_device(device)
         model = source if isinstance(source, ir.Model) else load(source)
         self.metadata = dict(model.metadata_props)
@@ -68,7 +73,7 @@ class Session(Generates):
         self._weights = weights
         if weights is not None:
             weights.apply(options)
-        self._pool = BufferPool()
+        self._buffers = BufferPool()
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         # A file is opened by its path, so that ORT maps external weights itself and plain ORT behaves the same.
         with huge_pages(self.device == "cpu"):
@@ -147,7 +152,7 @@ class Session(Generates):
             return results
         if any(dtype.kind not in "fiub" or 0 in shape for shape, dtype in known.values()):
             return run_session(self._session, inputs)
-        outputs = {name: self._pool.empty(shape, dtype) for name, (shape, dtype) in known.items()}
+        outputs = {name: self._buffers.empty(shape, dtype) for name, (shape, dtype) in known.items()}
         try:
             self.run_bound(inputs, outputs)
         except ModelError:  # another shape than the last time: it depends on the data
@@ -155,12 +160,12 @@ class Session(Generates):
         return outputs
 
     def memory(self) -> PoolUse:
-        """What the buffers of ``run_pooled`` have done: hits, misses, bytes held, fragmentation, peak."""
-        return self._pool.use
+        """What the buffers of ``run_pooled`` and ``generate`` did: hits, misses, bytes held, fragmentation, peak."""
+        return self._buffers.use
 
     def shrink(self) -> int:
         """Frees pooled buffers that nobody uses; returns how many bytes."""
-        return self._pool.shrink()
+        return self._buffers.shrink()
 
     def benchmark(self, inputs: Mapping[str, Array], seconds: float = 2.0) -> Timing:
         """Median time of a run on this device, and its noise.

@@ -20,6 +20,7 @@ from .generate import Runnable
 from .generates import Generates
 from .inference import open_session, session_options
 from .manifest import load_part, read_manifest
+from .memory import BufferPool
 from .parted import PartedBinding, PartedSession, Step
 from .providers import resolve_device
 from .rows import batch_inputs, count_rows, even_sizes, join_rows, split_rows
@@ -78,6 +79,7 @@ class StagedSession(Generates):
 
     def __init__(self, folder: str | os.PathLike[str], device: str = "cpu", threads: int = 0) -> None:
         self.device = resolve_device(device)
+        self._buffers = BufferPool()
         self.manifest = read_manifest(Path(folder))
         if self.manifest.kind != "stages":
             raise PlanError(f"{folder} holds {self.manifest.kind}, not stages.", "Write it with save_stages.")
