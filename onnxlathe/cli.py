@@ -182,7 +182,7 @@ def inspect(
     model: Model,
     memory: Annotated[bool, typer.Option("--memory", help="memory of the activations instead")] = False,
     sizes: Annotated[str, typer.Option(help="with --memory: sizes of symbolic dims, batch=1,sequence=128")] = "",
-    picture: Annotated[Path | None, typer.Option(help="with --memory: write the plan as this .svg")] = None,
+    plan: Annotated[Path | None, typer.Option(help="with --memory: write the plan, as .svg, .h or .json")] = None,
 ) -> None:
     """Shows inputs, outputs, operators, and a stored report; or where the memory goes.
 
@@ -192,9 +192,9 @@ def inspect(
         from .arguments import check_writable
         from .look_memory import parse_bindings, print_memory
 
-        if picture is not None:
-            check_writable(picture, [model])
-        print_memory(model, parse_bindings(sizes), picture)
+        if plan is not None:
+            check_writable(plan, [model])
+        print_memory(model, parse_bindings(sizes), plan)
         return
     from .look import print_inspect
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,29 +12,36 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxlathe.compiler.load import infer_shapes, load_model
-from onnxlathe.compiler.memory_plan import MemoryPlan, read_plans
+from onnxlathe.compiler.memory_plan import MemoryPlan, c_header, read_plans
 from onnxlathe.compiler.report import format_bytes
 from onnxlathe.passes.memory_picture import plan_svg
 from onnxlathe.passes.plan_memory import plan_model
 from onnxlathe.runtime.artifact import load, write_atomically
 from onnxlathe.runtime.errors import PlanError
 
+_KINDS: dict[str, Callable[[Sequence[MemoryPlan]], str]] = {
+    ".svg": lambda plans: plan_svg(plans[0]),
+    ".h": lambda plans: c_header(plans[0]),
+    ".json": lambda plans: json.dumps([plan.to_dict() for plan in plans], indent=1),
+}
 _SHOWN = 10
 _BARS = " ▁▂▃▄▅▆▇█"
 _COLUMNS = 64
 
 
-def print_memory(path: Path, bindings: Mapping[str, int], picture: Path | None) -> None:
+def print_memory(path: Path, bindings: Mapping[str, int], target: Path | None) -> None:
     """Peak, bound and the tensors alive at the fullest moment, from the stored plan or one made now.
 
     Args:
         path: the model.
         bindings: sizes of its symbolic dims; none takes the stored plan, if there is one.
-        picture: where to write the main graph's plan as SVG.
+        target: where to write the main graph's plan, as picture (``.svg``) or C header (``.h``), or all (``.json``).
 
     Raises:
-        PlanError: sizes that are not known.
+        PlanError: sizes that are not known, or a file of another kind.
     """
+    if target is not None and target.suffix not in _KINDS:
+        raise PlanError(f"A plan cannot be written as {target.name}.", f"Take {', '.join(_KINDS)}.")
     console, source = Console(), load(path)
     plans = [] if bindings else read_plans(source.metadata_props)
     if not plans:
@@ -42,9 +50,9 @@ def print_memory(path: Path, bindings: Mapping[str, int], picture: Path | None) 
         plans = plan_model(model, [bindings])
     for plan in plans:
         _print_plan(console, plan)
-    if picture is not None:
-        write_atomically(picture, plan_svg(plans[0]).encode())
-        console.print(f"wrote {picture}", highlight=False)
+    if target is not None:
+        write_atomically(target, _KINDS[target.suffix](plans).encode())
+        console.print(f"wrote {target}", highlight=False)
 
 
 def parse_bindings(text: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,12 @@ def test_inspect_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     head = '<ir_version: 10, opset_import: ["" : 20]> g (float[batch, 256] x) => '
     path = save(build("a = Softmax(x) y = Softmax(a)", "float[batch, 256] y", head), tmp_path / "m.onnx")
     print_memory(path, parse_bindings("batch=4"), tmp_path / "plan.svg")
+    print_memory(path, parse_bindings("batch=4"), tmp_path / "plan.json")
+    plans = [MemoryPlan.from_dict(item) for item in json.loads((tmp_path / "plan.json").read_text())]
+    print_memory(path, parse_bindings("batch=4"), tmp_path / "plan.h")
+    assert f"MODEL_ARENA_BYTES {plans[0].peak}u" in (tmp_path / "plan.h").read_text()
+    with pytest.raises(PlanError, match="cannot be written"):
+        print_memory(path, parse_bindings("batch=4"), tmp_path / "plan.txt")
     text = " ".join(capsys.readouterr().out.split())
     assert "at batch=4: arena 8.2 kB" in text and "alive at the fullest moment, step 1" in text
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
