@@ -25,6 +25,7 @@ from .fuse_skip_normalization import FuseSkipNormalization
 from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
+from .partition.partition_devices import PartitionDevices
 from .partition.partition_stages import PartitionStages
 from .partition.partition_tensor import PartitionTensor
 from .plan_memory import PlanMemory
@@ -64,6 +65,7 @@ PASSES: dict[str, type[Pass]] = {
         KeepLastLogits,
         MixedPrecision,
         PackQKV,
+        PartitionDevices,
         PartitionStages,
         PartitionTensor,
         QuantizeDynamic,

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from .artifact import load, read_config
+from .assignment import LAYER_KEY, RECORD_OPTION, Misplaced, misplaced
 from .benchmark import Timing, interleaved
 from .causal_lm import CausalLM, read_causal_lm
 from .errors import ModelError
@@ -43,6 +44,9 @@ class Session(Generates):
         prefix_cache: bytes of keys and values that ``generate`` keeps, so that a prompt that begins like an earlier
             text does not compute that part again; ``prefixes.use`` shows what it is worth. 0: none.
 
+    Attributes:
+        misplaced: nodes that are not on the device that ``partition-devices`` placed them on.
+
     Raises:
         RuntimeUnavailable: the device asked for cannot run here.
         ModelError: the model cannot be loaded.
@@ -67,6 +71,9 @@ class Session(Generates):
         self._causal_lm = _causal_lm_or_error(model)
         config = read_config(self.metadata) if ort_config is None else ort_config
         options = session_options(threads=threads, ort_config=config)
+        placed = any(LAYER_KEY in node.metadata_props for node in model.graph)
+        if placed:
+            options.add_session_config_entry(RECORD_OPTION, "1")
         options.enable_profiling = profile
         if profile:
             options.profile_file_prefix = str(Path(os.environ.get("TMPDIR", "/tmp")) / "onnxlathe-profile")
@@ -79,6 +86,7 @@ class Session(Generates):
         with huge_pages(self.device == "cpu"):
             self._session = open_session(source, options, self.device)
         self._profiling = profile
+        self.misplaced: list[Misplaced] = misplaced(model, self._session) if placed else []
 
     @property
     def ort(self) -> ort.InferenceSession:

@@ -67,11 +67,17 @@ class GraphCosts:
         seconds: of each node.
         flow: what needs what, and the tensors between nodes with their bytes.
         weights: for each node the initializers that it and its bodies read: {name: bytes}.
+        nodes: the nodes.
+        profiles: how each ran.
+        input_bytes: of the inputs of the model, by name.
     """
 
     seconds: tuple[float, ...]
     flow: Flow
     weights: tuple[Mapping[str, int], ...]
+    nodes: tuple[ir.Node, ...]
+    profiles: tuple[NodeProfile, ...]
+    input_bytes: Mapping[str, int]
 
 
 class _SeenSizes(Sizes):
@@ -110,26 +116,31 @@ def graph_costs(model: ir.Model, how: CostModel, context: PassContext, machine: 
     Raises:
         ModelError: no sample can be made, or the model does not run.
     """
-    feeds: Mapping[str, Array] | None = next(iter(context.feeds), None)
-    runs = 5 if how == "measured" else 1
-    profiles = profile_nodes(model, feeds or make_feeds(model, context.seed, 1)[0], threads=context.threads, runs=runs)
-    set_types(model, profiles)
+    given: Mapping[str, Array] | None = next(iter(context.feeds), None)
+    feeds = given or make_feeds(model, context.seed, 1)[0]
+    found = profile_nodes(model, feeds, threads=context.threads, runs=5 if how == "measured" else 1)
+    set_types(model, found)
     roof = machine or (this_machine() if how == "roofline" else None)
-    weights: list[dict[str, int]] = []
-    seconds: list[float] = []
-    for node in model.graph:
-        weights.append({v.name or "": v.const_value.nbytes for v in reads(node) if v.const_value is not None})
-        seen = profiles.get(node.name or "")
+    nodes = tuple(model.graph)
+    weights = tuple(
+        {v.name or "": v.const_value.nbytes for v in reads(node) if v.const_value is not None} for node in nodes
+    )
+    profiles: list[NodeProfile] = []
+    for node in nodes:
+        seen = found.get(node.name or "")
         if seen is None:
             raise LatheError(f"Node {node.name} did not run in the profile.", "Please report it with the model.")
-        if roof is None:
-            seconds.append(seen.seconds)
-        else:
-            seconds.append(roof.seconds(flops(node, seen), _traffic(seen, weights[-1])))
-    return GraphCosts(tuple(seconds), flow_of(model.graph, _SeenSizes(profiles)), tuple(weights))
+        profiles.append(seen)
+    seconds = [seen.seconds for seen in profiles]
+    if roof is not None:
+        rows = zip(nodes, profiles, weights, strict=True)
+        seconds = [roof.seconds(flops(node, seen), traffic(seen, held)) for node, seen, held in rows]
+    flow = flow_of(model.graph, _SeenSizes(found))
+    sizes = {name: array.nbytes for name, array in feeds.items()}
+    return GraphCosts(tuple(seconds), flow, weights, nodes, tuple(profiles), sizes)
 
 
-def _traffic(seen: NodeProfile, weights: Mapping[str, int]) -> float:
+def traffic(seen: NodeProfile, weights: Mapping[str, int]) -> float:
     """Bytes read and written, four each element of what is not a weight."""
     return sum(weights.values()) + sum(seen.output_bytes) + 4 * sum(math.prod(shape) for shape in seen.inputs[:1])
 
