@@ -185,7 +185,7 @@ CASES: list[Case] = [
     Case("RotaryEmbedding", [f(2, 4, 6, 16), RNG.integers(0, 32, (2, 6)), cos, sin], domain=MICROSOFT), Case("RotaryEmbedding", [f(2, 6, 64), i8(3), cos, sin], {"interleaved": 1}, MICROSOFT),
     Case("GroupQueryAttention", [grouped, None, None, f(2, 2, 0, 16), f(2, 2, 0, 16), np.array([5, 5], np.int32), np.array(6, np.int32), cos, sin], {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1}, MICROSOFT, outputs=3),
     Case("GroupQueryAttention", [f(2, 6, 64), f(2, 6, 32), f(2, 6, 32), f(2, 2, 0, 16), f(2, 2, 0, 16), np.array([5, 5], np.int32), np.array(6, np.int32)], {"num_heads": 4, "kv_num_heads": 2, "local_window_size": 3, "scale": 0.3}, MICROSOFT, outputs=3),
-    Case("GroupQueryAttention", [grouped[:, :3], None, None, f(2, 2, 4, 16), f(2, 2, 4, 16), np.array([6, 6], np.int32), np.array(7, np.int32), cos, sin], {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "rotary_interleaved": 1}, MICROSOFT, outputs=3),
+    Case("GroupQueryAttention", [grouped[:1, :3], None, None, f(1, 2, 4, 16), f(1, 2, 4, 16), np.array([6], np.int32), np.array(7, np.int32), cos, sin], {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "rotary_interleaved": 1}, MICROSOFT, outputs=3),
     Case("GroupQueryAttention", [grouped[:, :1], None, None, f(2, 2, 4, 16), f(2, 2, 4, 16), np.array([4, 4], np.int32), np.array(5, np.int32), cos, sin], {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1, "softcap": 3.0}, MICROSOFT, outputs=3),
     # quantization
     Case("QuantizeLinear", [4 * X, np.array(0.02, F4), np.array(120, np.uint8)]), Case("QuantizeLinear", [X, np.abs(f(3)) + 0.01, np.zeros(3, np.int8)], {"axis": 1}), Case("QuantizeLinear", [X, np.array(0.02, F4)]),
@@ -218,6 +218,23 @@ def test_as_in_onnxruntime(number: int) -> None:
                 np.testing.assert_allclose(found, want, rtol=TOLERANCE[want.dtype.name], atol=TOLERANCE[want.dtype.name])
             else:
                 np.testing.assert_array_equal(found.astype(want.dtype), want)
+
+
+@pytest.mark.parametrize(("new", "past"), [(6, 0), (1, 4)])
+def test_rows_of_different_lengths(new: int, past: int) -> None:
+    """Of a shorter row its tokens and their slots count; what lies behind is arbitrary."""
+    last = np.array([past + new - 2, past + new - 1], np.int32)
+    cache = [f(2, 2, past, 16), f(2, 2, past, 16)]
+    inputs = [grouped[:, :new], None, None, *cache, last, np.array(past + new, np.int32), cos, sin]
+    attributes = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1}
+    model, feeds = Case("GroupQueryAttention", inputs, attributes, MICROSOFT, outputs=3).model("float32")
+    want = run_session(open_session(model, session_options(optimize=False)), feeds)
+    got = TorchGraph(model)({name: torch.tensor(array) for name, array in feeds.items()})
+    for row, end in enumerate(last + 1):
+        tokens = end if past == 0 else new
+        np.testing.assert_allclose(got["y0"][row, :tokens].numpy(), want["y0"][row, :tokens], atol=2e-5)
+        for name in ("y1", "y2"):
+            np.testing.assert_allclose(got[name][row, :, :end].numpy(), want[name][row, :, :end], atol=2e-5)
 
 
 def test_every_operator_has_a_case() -> None:

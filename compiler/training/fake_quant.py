@@ -104,4 +104,4 @@ def _matmul_blocks(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
 def _gather_blocks(call: Call, table: Tensor, indices: Tensor) -> Tensor:
     """The table comes dequantized, [rows, K]."""
     rows = torch.where(indices < 0, indices + table.shape[0], indices).long()
-    return table.index_select(0, rows.reshape(-1)).reshape(*indices.shape, table.shape[1])
+    return table.index_select(0, rows.reshape(-1)).reshape([*indices.shape, table.shape[1]])

@@ -103,7 +103,7 @@ def _slice(
 def _gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
     axis = call.get("axis", 0) % x.dim()
     found = x.index_select(axis, positive(indices, x.shape[axis]).reshape(-1))
-    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return found.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def positive(indices: Tensor, size: int) -> Tensor:
