@@ -38,6 +38,7 @@ _VECTOR = {
     "MatMulNBits": (5,),
 }
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div")
+_PRODUCTS = ("MatMul", "Mul")
 _VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear")
 _LARGEST = 1e4
 """A constant added with larger numbers is a mask."""
@@ -230,6 +231,10 @@ def _kind(value: ir.Value) -> str:
 
 
 def _use(node: ir.Node, index: int, value: ir.Value) -> str:
+    if any(_counts(other) for at, other in enumerate(node.inputs) if at != index and node.op_type in _PRODUCTS):
+        return ""  # frequencies, which positions are multiplied with
+    if node.op_type == "Gather" and any(use.node.op_type == "RotaryEmbedding" for use in node.outputs[0].uses()):
+        return ""
     if index in _MATRIX.get(node.op_type, ()):
         return "matrix"
     if index in _VECTOR.get(node.op_type, ()):
@@ -243,6 +248,17 @@ def _use(node: ir.Node, index: int, value: ir.Value) -> str:
         if kinds and "" not in kinds:
             return "matrix" if "matrix" in kinds else "vector"
     return ""
+
+
+def _counts(value: ir.Value | None) -> bool:
+    """Whether ``value`` is integers, cast: positions."""
+    maker = value.producer() if value is not None else None
+    while maker is not None and maker.op_type in (*_VIEWS, "Expand"):
+        source = maker.inputs[0]
+        if maker.op_type == "Cast" and source is not None and source.dtype in (ir.DataType.INT64, ir.DataType.INT32):
+            return True
+        maker = source.producer() if source is not None else None
+    return False
 
 
 def _placed(arguments: list[Tensor | None], host: frozenset[int]) -> list[object]:
