@@ -107,7 +107,9 @@ def test_quantized_activations() -> None:
 def test_low_bit_weights(bits: Any, form: Any, symmetric: bool) -> None:
     model = block()
     model.opset_imports[""] = 25
-    step = QuantizeWeights(bits=bits, block_size=32, symmetric=symmetric, form=form, accuracy_level=0, embedding_bits=8, head_bits=bits)
+    step = QuantizeWeights(
+        bits=bits, block_size=32, symmetric=symmetric, form=form, accuracy_level=0, embedding_bits=8, head_bits=bits
+    )
     step(model, PassContext())
     graph = TorchGraph(model, origin=block())
     samples = block_feeds(1)
@@ -157,7 +159,9 @@ def test_few_levels_stay_few_and_scales_follow(levels: Any) -> None:
         assert set(np.unique(found.stored.codes)) <= allowed
         assert (before[codes] != model.graph.initializers[codes].const_value.numpy()).any()  # type: ignore[union-attr]
         assert (before[scales] != model.graph.initializers[scales].const_value.numpy()).any()  # type: ignore[union-attr]
-        latent = weight.latent.detach().reshape(weight.latent.shape[0], -1, 32) if weight.latent.shape[1] % 32 == 0 else None
+        latent = (
+            weight.latent.detach().reshape(weight.latent.shape[0], -1, 32) if weight.latent.shape[1] % 32 == 0 else None
+        )
         if levels == "binary" and latent is not None:  # the least squares of one bit
             np.testing.assert_allclose(weight.scale.numpy(), latent.abs().mean(-1).numpy(), rtol=1e-4)
 
@@ -199,7 +203,9 @@ def test_what_is_trained_in_a_decoder() -> None:
     """Tables, products and gains; not the angles, nor masks, nor single numbers."""
     graph = TorchGraph(exported("decoder-tiny"), ["logits"])
     names = [weight.value.name or "" for weight in graph.trained() if isinstance(weight, FloatWeight)]
-    assert names and all("embed" in name or "layers" in name or "norm" in name or "lm_head" in name for name in names), names
+    assert names and all(
+        "embed" in name or "layers" in name or "norm" in name or "lm_head" in name for name in names
+    ), names
     graph = TorchGraph(exported("decoder-tiny"), ["logits"], exclude=["*embed*", "*norm*"])
     kept = [weight.value.name for weight in graph.trained() if isinstance(weight, FloatWeight)]
     assert 0 < len(kept) < len(names) and not any("norm" in (name or "") for name in kept)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph import MICROSOFT
-from .table import DTYPES, TABLE, Call, Operator, only, operator
+from .table import DTYPES, Call, only, operator
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs,
@@ -80,9 +80,12 @@ def _reduce(function: Callable[..., Tensor], call: Call, x: Tensor, axes: Any = 
     return function(x, list(chosen), bool(call.get("keepdims", 1)))
 
 
-TABLE |= {("", name): Operator(functools.partial(_unary, function)) for name, function in _UNARY.items()}
-TABLE |= {("", name): Operator(functools.partial(_binary, function)) for name, function in _BINARY.items()}
-TABLE |= {("", name): Operator(functools.partial(_reduce, fn), frozenset({1})) for name, fn in _REDUCE.items()}
+for _name, _function in _UNARY.items():
+    operator(_name)(functools.partial(_unary, _function))
+for _name, _function in _BINARY.items():
+    operator(_name)(functools.partial(_binary, _function))
+for _name, _function in _REDUCE.items():
+    operator(_name, host=(1,))(functools.partial(_reduce, _function))
 
 
 @operator("Div")

@@ -48,8 +48,7 @@ class FloatWeight(nn.Module):
 
     def tensors(self) -> dict[ir.Value, ir.TensorProtocol]:
         """What the graph must hold to compute with this weight."""
-        array = self.forward().detach().float().cpu().numpy() if self.dtype != torch.float64 else None
-        array = self.forward().detach().cpu().numpy() if array is None else array
+        array = (self.latent if self.mask is None else self.latent * self.mask).detach().cpu().numpy()
         dtype = self.value.dtype or ir.DataType.FLOAT
         return {self.value: ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=self.value.name)}
 
@@ -110,7 +109,12 @@ class CodedWeight(nn.Module):
         centred = torch.tensor(stored.codes.astype(np.float64), dtype=torch.float32)
         centred = centred - self._spread(self.zero, centred)
         found = torch.unique(centred)
-        few = follow and centred.numel() >= 8 * _FEW and found.numel() <= _FEW and bool((self.zero == self.zero.flatten()[0]).all())
+        few = (
+            follow
+            and centred.numel() >= 8 * _FEW
+            and found.numel() <= _FEW
+            and bool((self.zero == self.zero.flatten()[0]).all())
+        )
         self.register_buffer("levels", found if few else None, False)
         sparse = not few and float((centred == 0).float().mean()) >= _SPARSE
         self.register_buffer("mask", centred != 0 if sparse else None, False)
@@ -209,7 +213,7 @@ def unreshaped(value: ir.Value | None) -> ir.Value | None:
 
 
 def read_stored(node: ir.Node) -> Stored | None:
-    """The integer weight that a DequantizeLinear, MatMulNBits or GatherBlockQuantized reads; None if it is no constant."""
+    """The integer weight that DequantizeLinear, MatMulNBits or GatherBlockQuantized reads; None if not constant."""
     if node.op_type == "DequantizeLinear":
         return _per_axis(node)
     return _packed(node) if node.op_type in ("MatMulNBits", "GatherBlockQuantized") else None
