@@ -63,7 +63,7 @@ class Distill(Pass):
         temperature: T of ``soft``.
         distance: ``mse``: squared error over the teacher's square; ``cosine``: 1 - cosine by token.
         match: further values to match: names that both graphs have, or pairs (name here, name in the teacher).
-        lr: highest learning rate.
+        lr: highest learning rate, relative to the size of each weight.
         held_out: part of the samples that is judged on and not trained on.
         exclude: patterns (``*``) of initializers that are left as they are.
         window, batch: how streams are cut: tokens of a row, rows of a sample.
@@ -83,7 +83,7 @@ class Distill(Pass):
     temperature: float = 2.0
     distance: Literal["mse", "cosine"] = "mse"
     match: tuple[str | tuple[str, str], ...] = ()
-    lr: float = 5e-4
+    lr: float = 3e-3
     held_out: float = 0.1
     exclude: tuple[str, ...] = ()
     window: int = 128

@@ -25,6 +25,8 @@ _JUDGED = 20
 """How often the held-out part is looked at, and a checkpoint written."""
 _NORM = 1.0
 """Derivatives are scaled down to this norm."""
+_SMALLEST = 1e-3
+"""Weights smaller than this learn as if they were of this size: biases that begin at zero."""
 _SECONDS = 1.0
 """Between two lines of progress."""
 
@@ -35,7 +37,8 @@ class Plan:
 
     Attributes:
         steps: updates of the weights.
-        lr: the highest learning rate of Adam; it rises for 5 % of the steps and falls along a cosine to 0.
+        lr: the highest learning rate of Adam, relative to the root mean square of each weight (as in Adafactor,
+            1804.04235), as passes fold scales into weights; it rises for 5 % of the steps, then falls along a cosine.
         seed: seed of the order of the samples.
         checkpoint: file to write the state to and to go on from, None for none.
         purpose: what else identifies the run, so that a checkpoint of another one is refused.
@@ -113,7 +116,8 @@ class _Run:
         self.parameters = [item for item in module.parameters() if item.requires_grad]
         if not self.parameters:
             raise PassError("No weight can be trained.", "Check exclude=..., and that the graph has float weights.")
-        self.optimizer = torch.optim.Adam(self.parameters, lr=plan.lr)
+        self.sizes = [max(float(item.detach().square().mean().sqrt()), _SMALLEST) for item in self.parameters]
+        self.optimizer = torch.optim.Adam([{"params": [item]} for item in self.parameters], lr=plan.lr)
         self.identity = self._identity()
         self.best_weights: dict[str, Tensor] = {}
         self.finished: Finished | None = None
@@ -161,8 +165,8 @@ class _Run:
         self.module.eval()
 
     def _step(self, loss: Callable[[int], Tensor], count: int, step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.plan, step)
+        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+            group["lr"] = rate(self.plan, step) * size
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         value = loss(sample_of(step, count, self.plan.seed))
@@ -226,7 +230,7 @@ class _Run:
 
 
 def rate(plan: Plan, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
+    """The relative learning rate of a step, counted from 0."""
     warm = min(1.0, (step + 1) / max(1.0, _WARM * plan.steps))
     return plan.lr * warm * 0.5 * (1.0 + math.cos(math.pi * step / plan.steps))
 
