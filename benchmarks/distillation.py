@@ -5,8 +5,8 @@
     python benchmarks/distillation.py mnist --quick      # one seed, few steps
 
 mnist: shared/data/mnist has 10,000 digits (t10k). 8,000 of them, drawn with seed 0, are trained on, shifted by up to
-two pixels and turned by up to ten degrees; 2,000 are only for the accuracies printed. The network was trained on MNIST's
-60,000 training digits by others; its logits are divided by 256 first, which changes no answer, so that cross entropy
+two pixels and turned by up to ten degrees; 2,000 only judge. The network was trained by others, on MNIST's
+60,000 training digits; its logits are divided by 256 first, which changes no answer, so that cross entropy
 has a sane scale. For each student: accuracy before training, after distillation (soft labels alone), and after the same
 steps of training with the true labels and no teacher, for three seeds.
 

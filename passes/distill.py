@@ -16,7 +16,7 @@ from ..compiler.base import Claim, Feeds, Gate, Outcome, Pass, PassContext
 from ..compiler.budget import split
 from ..compiler.decoder_steps import cache_names
 from ..compiler.load import load_model
-from ..runtime.errors import PassError
+from ..runtime.errors import PassError, RuntimeUnavailable
 from ..runtime.feeds import FeedSource
 from ..runtime.providers import resolve_device
 
@@ -103,6 +103,8 @@ class Distill(Pass):
         # Importing torch takes seconds, which only those who train should wait for.
         from ..compiler.training.data import training_samples
 
+        if self.checkpoint is not None and not Path(self.checkpoint).parent.is_dir():
+            raise PassError(f"There is no folder for the checkpoint {self.checkpoint}.", "Create it first.")
         teacher = self._teacher(context)
         source = self.data if self.data is not None else context.feeds
         samples = training_samples(source, model, self.window, self.batch)
@@ -122,6 +124,10 @@ class Distill(Pass):
 
         goal = self._goal(model, teacher)
         device = context.device if self.device is None else resolve_device(self.device)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeUnavailable(
+                "This torch cannot use CUDA.", "Install one that can, or give Distill(device='cpu')."
+            )
         student = TorchGraph(model, goal.of_student, exclude=self.exclude, origin=teacher, device=device)
         trainer = Distillation(student, teacher, rest, held, goal, device, context.threads)
         context.progress("distill: judging the model given")

@@ -273,6 +273,13 @@ def test_options_that_cannot_be() -> None:
     for options in ({"steps": 0}, {"lr": 0.0}, {"soft": -1.0}, {"temperature": 0.0}, {"held_out": 1.0}):
         with pytest.raises(ValueError, match=r"at least|positive|between|negative"):
             Distill(**options)  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="no folder for the checkpoint"):
+        distill(classifier(), classifier(), data=batches(), checkpoint="nowhere/state")
+    with pytest.raises(PassError, match="Which of the outputs"):
+        two = classifier()
+        two.graph.outputs[0].name = "y"
+        two.graph.outputs.append(two.graph[0].outputs[0])
+        distill(two, two, data=batches(), soft=1.0)
     with pytest.raises(PassError, match="No weight can be trained"):
         distill(classifier(), classifier(), data=batches(), exclude=("*",))
 

@@ -121,6 +121,7 @@ class TorchGraph(nn.Module):
 
     def _make_weights(self, nodes: list[ir.Node], exclude: Sequence[str], floats: list[Array]) -> None:
         read = dict.fromkeys(value for node in nodes for value in _inputs(node) if value is not None)
+        coded_before: dict[tuple[ir.Value, ir.Value], int] = {}
         for value in [*read, *self.outputs]:
             if value in self._weight_of or value in self._constants:
                 continue
@@ -131,9 +132,14 @@ class TorchGraph(nn.Module):
             stored = read_stored(coded) if coded is not None else None
             name = (stored.values[0].name if stored is not None else value.name) or ""
             excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
-            if stored is not None and coded is not None:
+            if stored is not None and stored.values in coded_before:
+                self._weight_of[value] = coded_before[stored.values]
+                continue
+            if stored is not None:
+                excluded = excluded or not _read_together(stored.values)
                 near = nearest_float(stored, floats)
-                weight: nn.Module = CodedWeight(stored, near, not excluded and _owns(stored.values, coded))
+                weight: nn.Module = CodedWeight(stored, near, not excluded and _owned(stored.values))
+                coded_before[stored.values] = len(self.weights)
             elif is_constant(value) and not excluded and (kind := kind_of(value)):
                 weight = FloatWeight(value, kind == "matrix")
             else:
@@ -182,13 +188,18 @@ def _reader_of_codes(value: ir.Value, nodes: list[ir.Node]) -> ir.Node | None:
     return None
 
 
-def _owns(values: tuple[ir.Value, ir.Value], reader: ir.Node) -> bool:
+def _owned(values: tuple[ir.Value, ir.Value]) -> bool:
     """Whether the scales belong to these codes alone."""
     codes, scales = values
-    return all(
-        codes in [unreshaped(value) for value in use.node.inputs[:2]] and use.node.op_type != "QuantizeLinear"
-        for use in scales.uses()
-    )
+    return all(codes in [unreshaped(value) for value in use.node.inputs[:2]] for use in scales.uses())
+
+
+def _read_together(values: tuple[ir.Value, ir.Value]) -> bool:
+    """Whether the codes are read with these scales everywhere."""
+    codes, scales = values
+    readers = [use.node for use in codes.uses()]
+    readers += [use.node for node in readers if node.op_type == "Reshape" for use in node.outputs[0].uses()]
+    return all(scales in node.inputs for node in readers if node.op_type != "Reshape")
 
 
 def _placed(arguments: list[Tensor | None], host: frozenset[int]) -> list[object]:
