@@ -14,6 +14,7 @@ from low_bit_models import block, block_feeds
 
 import onnxlathe as lathe
 from onnxlathe.compiler.base import Claim, Outcome, Pass, PassContext
+from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.training.data import training_samples
 from onnxlathe.compiler.training.losses import IGNORED, hard_loss, match_loss, soft_loss, token_mask
 from onnxlathe.compiler.verify import Signature, check_model, check_structure, run_reference
@@ -279,6 +280,7 @@ def test_options_that_cannot_be() -> None:
         two = classifier()
         two.graph.outputs[0].name = "y"
         two.graph.outputs.append(two.graph[0].outputs[0])
+        infer_shapes(two)
         distill(two, two, data=batches(), soft=1.0)
     with pytest.raises(PassError, match="No weight can be trained"):
         distill(classifier(), classifier(), data=batches(), exclude=("*",))
