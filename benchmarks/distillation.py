@@ -1,14 +1,14 @@
 """Recovery training of real networks: half the channels, weights of two to four values, half the feed-forward width.
 
-    python benchmarks/distillation.py mnist              # digits: about a quarter of an hour
+    python benchmarks/distillation.py mnist              # digits: about half an hour
     python benchmarks/distillation.py minilm             # all-MiniLM-L6-v2: half an hour on two cores (--steps 900)
     python benchmarks/distillation.py mnist --quick      # one seed, few steps
 
 mnist: shared/data/mnist has 10,000 digits (t10k). 8,000 of them, drawn with seed 0, are trained on, shifted by up to
 two pixels and turned by up to ten degrees; 2,000 only judge. The network was trained by others, on MNIST's
 60,000 training digits; its logits are divided by 256 first, which changes no answer, so that cross entropy
-has a sane scale. For each student: accuracy before training, after distillation (soft labels alone), and after the same
-steps of training with the true labels and no teacher, for three seeds.
+has a sane scale. For each student: accuracy before training, and after the same number of steps with the teacher and
+the true labels, with the teacher alone (no labels), and with the labels alone (no teacher); for three seeds.
 
 minilm: trained on sentences of TinyStories' validation text, without labels, by matching outputs; judged on 256 others
 of models/data/stories260k/heldout.txt by the cosine of mean-pooled embeddings with the original's.
@@ -46,6 +46,12 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 ROWS, COPIES, TRAINED = 64, 10, 8000
 LEVELS: tuple[Levels, ...] = ("midrise", "ternary", "binary")
 SOFTEN = 256.0
+GOALS: dict[str, dict[str, float]] = {
+    "teacher and labels": {"soft": 1.0, "hard": 1.0, "temperature": 1.0},
+    "teacher alone": {"soft": 1.0, "temperature": 4.0},
+    "labels alone": {"hard": 1.0},
+}
+CHANNELS = "half the channels"
 
 
 def digits() -> tuple[Array, Array]:
@@ -170,35 +176,36 @@ def mnist(options: argparse.Namespace) -> None:
         parts = range(0, len(mixed), ROWS)
         feeds += [{"pixels": pixels[at : at + ROWS], "labels": labels[mixed[at : at + ROWS]]} for at in parts]
     teacher = network()
-    students = {"half the channels": half_the_channels(teacher)}
+    students = {CHANNELS: half_the_channels(teacher)}
     students |= {f"{levels} weights": with_few_levels(teacher, levels) for levels in LEVELS}
     full = accuracy(teacher, images[unseen], labels[unseen])
-    seeds, steps = range(1 if options.quick else 3), options.steps or (300 if options.quick else 4000)
-    table = Table("student", "untrained", "distilled", "drop", "labels alone", "drop", title=f"teacher {full:.2f} %")
+    seeds = range(1 if options.quick else 3)
+    columns = [column for goal in GOALS for column in (goal, "drop")]
+    table = Table("student", "untrained", *columns, title=f"teacher {full:.2f} %")
     rows: dict[str, Any] = {}
     with Progress(transient=True) as progress:
-        task = progress.add_task("training", total=len(students) * len(seeds) * 2)
+        task = progress.add_task("training", total=len(students) * len(seeds) * len(GOALS))
         for name, student in students.items():
-            row: dict[str, Any] = {"untrained": accuracy(student, images[unseen], labels[unseen])}
-            for kind, goal in (("distilled", {"soft": 1.0, "temperature": 4.0}), ("labels alone", {"hard": 1.0})):
+            steps = options.steps or (300 if options.quick else 4000 if name == CHANNELS else 2000)
+            rate = options.lr or (0.02 if name == CHANNELS else 0.005)
+            row: dict[str, Any] = {"untrained": accuracy(student, images[unseen], labels[unseen]), "steps": steps}
+            for kind, goal in GOALS.items():
                 row[kind] = []
                 for seed in seeds:
                     progress.update(task, advance=1, description=f"{name}, {kind}, seed {seed}")
                     after = student.clone()
-                    step = Distill(teacher=teacher, data=feeds, steps=steps, lr=options.lr, **goal)
+                    step = Distill(teacher=teacher, data=feeds, steps=steps, lr=rate, **goal)
                     step(after, PassContext(seed=seed, threads=options.threads))
                     row[kind].append(accuracy(after, images[unseen], labels[unseen]))
             rows[name] = row
             cells = [f"{row['untrained']:.2f}"]
-            for kind in ("distilled", "labels alone"):
+            for kind in GOALS:
                 cells += [" ".join(f"{value:.2f}" for value in row[kind]), f"{full - statistics.mean(row[kind]):.2f}"]
             table.add_row(name, *cells)
     Console().print(table)
     content = {
         "teacher": full,
         "students": rows,
-        "steps": steps,
-        "lr": options.lr,
         "batch": ROWS,
         "images trained on": TRAINED,
         "images judged on": len(unseen),
@@ -249,7 +256,7 @@ def minilm(options: argparse.Namespace) -> None:
     before = fidelity(reference, results(student), judged)
     began = time.monotonic()
     with Console(stderr=True).status("training") as status:
-        step = Distill(teacher=teacher, data=feeds, steps=steps, lr=options.lr, held_out=0.03)
+        step = Distill(teacher=teacher, data=feeds, steps=steps, lr=options.lr or 0.01, held_out=0.03)
         outcome = step(student, PassContext(threads=options.threads, progress=status.update))
     minutes = (time.monotonic() - began) / 60
     after = fidelity(reference, results(student), judged)
@@ -261,7 +268,6 @@ def minilm(options: argparse.Namespace) -> None:
         "cut": before,
         "distilled": after,
         "steps": steps,
-        "lr": options.lr,
         "minutes": minutes,
         "sentences": len(picked),
         "notes": outcome.notes,
@@ -274,11 +280,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("mnist", "minilm"))
     parser.add_argument("--steps", type=int, help="updates; the default is said above")
-    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--lr", type=float, help="relative learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    options.lr = options.lr or (3e-2 if options.what == "mnist" else 3e-3)
     mnist(options) if options.what == "mnist" else minilm(options)
 
 

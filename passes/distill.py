@@ -48,7 +48,7 @@ class Distill(Pass):
 
     A part of the data is held out. The best weights by it are kept, and only if ONNX Runtime's results with them are
     better on it than with the ones given; otherwise nothing changes and a note says so. Ctrl-C ends training with the
-    best so far, and so does a loss that is not finite.
+    best so far, and so does a loss that is not finite. A second run trains on from what the first one left.
 
     Refused (PassError, before training): operators that torch does not execute here, by name; If, Loop and Scan.
 
@@ -83,7 +83,7 @@ class Distill(Pass):
     temperature: float = 2.0
     distance: Literal["mse", "cosine"] = "mse"
     match: tuple[str | tuple[str, str], ...] = ()
-    lr: float = 3e-3
+    lr: float = 5e-3
     held_out: float = 0.1
     exclude: tuple[str, ...] = ()
     window: int = 128

@@ -20,8 +20,9 @@ from onnxlathe.compiler.training.losses import IGNORED, hard_loss, match_loss, s
 from onnxlathe.compiler.verify import Signature, check_model, check_structure, run_reference
 from onnxlathe.models.encoder import Encoder, EncoderConfig
 from onnxlathe.passes import Distill, FewLevelWeights, QuantizeWeights
-from onnxlathe.runtime.errors import LatheError, ModelError, PassError
-from rewriting import from_text, inside_if
+from onnxlathe.passes.presets import make_pass
+from onnxlathe.runtime.errors import LatheError, ModelError, PassError, RuntimeUnavailable
+from rewriting import from_text, inside_if, with_external_data
 
 RNG = np.random.default_rng(0)
 F4 = np.float32
@@ -284,6 +285,52 @@ def test_options_that_cannot_be() -> None:
         distill(two, two, data=batches(), soft=1.0)
     with pytest.raises(PassError, match="No weight can be trained"):
         distill(classifier(), classifier(), data=batches(), exclude=("*",))
+
+
+def test_by_name_with_options() -> None:
+    step = make_pass("distill", teacher="model.onnx", steps=3, lr=1, match=("r",), data="samples.npz")
+    assert step == Distill(teacher="model.onnx", steps=3, lr=1, match=("r",), data="samples.npz")
+    with pytest.raises(PassError, match="cannot be 'much'"):
+        make_pass("distill", soft="much")
+
+
+def test_half_precision_and_external_files(tmp_path: Path) -> None:
+    """Weights of a file are read, not written; those of 16 bits are trained in 32 and written in 16."""
+    student = with_external_data(classifier(0.2), tmp_path)
+    stored = (tmp_path / "external.onnx.data").read_bytes()
+    for name in ("w2", "b2"):
+        value = student.graph.initializers[name]
+        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=name)  # type: ignore[union-attr]
+        value.dtype = ir.DataType.FLOAT16
+    gemm = student.graph[-1]
+    casts = [ir.node("Cast", [gemm.inputs[at]], attributes={"to": 1}, name=f"cast{at}") for at in (1, 2)]
+    for at, cast in enumerate(casts, 1):
+        cast.outputs[0].name = f"wide{at}"
+        student.graph.insert_before(gemm, cast)
+        gemm.replace_input_with(at, cast.outputs[0])
+    after, _ = distill(student, classifier(), data=batches(), steps=100, lr=0.03)
+    assert divergence(after, classifier()) < 0.5 * divergence(student, classifier())
+    assert [weights(after)[name].dtype.name for name in ("w1", "w2", "b2")] == ["float32", "float16", "float16"]
+    assert (tmp_path / "external.onnx.data").read_bytes() == stored
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA here")
+@pytest.mark.parametrize("levels", ["", "ternary"])
+def test_on_cuda(levels: Any) -> None:
+    student = block()
+    if levels:
+        FewLevelWeights(levels=levels, block_size=32, accuracy_level=0)(student, PassContext())
+    else:
+        student.graph.initializers["gain"].const_value = ir.tensor(np.ones(64, np.float32), name="gain")
+    _, outcome = distill(student, block(), data=block_feeds(), steps=40, lr=0.02, device="cuda")
+    assert outcome.changed, outcome.notes
+
+
+def test_cuda_that_is_not_there_is_said() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    with pytest.raises(RuntimeUnavailable):
+        distill(classifier(0.2), classifier(), data=batches(), device="cuda")
 
 
 def test_bodies_are_refused_before_training() -> None:
