@@ -90,6 +90,7 @@ class PassContext:
         progress: called with a short line for work that takes longer than about two seconds.
         costs: measured relative kernel costs of the target, for choosing between equivalent forms.
         reference: the last graph of this compile in which nothing was quantized; not to be changed.
+        original: the graph that this compile began with; not to be changed.
     """
 
     device: Device = "cpu"
@@ -100,6 +101,7 @@ class PassContext:
     progress: Callable[[str], None] = no_progress
     costs: KernelCosts = dataclasses.field(default_factory=KernelCosts)
     reference: ir.Model | None = None
+    original: ir.Model | None = None
 
 
 @dataclasses.dataclass(frozen=True)

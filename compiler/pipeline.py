@@ -119,6 +119,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     results = _original_results(model, settings)
     original = _State(model, results, results, {})
     state = dataclasses.replace(original, model=model.clone())
+    context = dataclasses.replace(context, original=model)
     for step in passes:
         context.progress(step.name)
         if not is_quantized(state.model):

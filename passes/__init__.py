@@ -8,6 +8,7 @@ from .cleanup import Cleanup
 from .clip_outliers import ClipOutliers
 from .convert_float16 import ConvertFloat16
 from .correct_bias import CorrectBias
+from .distill import Distill
 from .equalize_layers import EqualizeLayers
 from .few_level_weights import FewLevelWeights
 from .fold_constants import FoldConstants
@@ -48,6 +49,7 @@ PASSES: dict[str, type[Pass]] = {
         ClipOutliers,
         ConvertFloat16,
         CorrectBias,
+        Distill,
         EqualizeLayers,
         FewLevelWeights,
         FoldConstants,

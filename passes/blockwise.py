@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.quantization import pack_bits
+
 Array = np.ndarray[Any, Any]
 
 BITS = (2, 4, 8)
@@ -184,22 +186,9 @@ def pack_codes(codes: Array, grid: Grid) -> Array:
     blocks = grid.scales.shape[1]
     padded = np.repeat(grid.zero_points, grid.block_size, axis=1)
     padded[:, :inputs] = codes
-    return _pack(padded, grid.bits).reshape(rows, blocks, -1)
+    return pack_bits(padded, grid.bits).reshape(rows, blocks, -1)
 
 
 def pack_zero_points(grid: Grid) -> Array:
     """MatMulNBits' zero_points: uint8 [N, ceil(blocks * bits / 8)], low bits first."""
-    return _pack(grid.zero_points, grid.bits)
-
-
-def _pack(values: Array, bits: int) -> Array:
-    """Joins 8 / bits neighbours of the last axis in one byte, the first in the lowest bits; padded with zeros."""
-    per_byte = 8 // bits
-    if per_byte == 1:
-        return np.ascontiguousarray(values, np.uint8)
-    padding = -values.shape[-1] % per_byte
-    padded = np.pad(values, ((0, 0), (0, padding))).reshape(values.shape[0], -1, per_byte)
-    packed = padded[..., 0].copy()
-    for index in range(1, per_byte):
-        packed |= padded[..., index] << np.uint8(bits * index)
-    return packed
+    return pack_bits(grid.zero_points, grid.bits)

@@ -107,3 +107,22 @@ class QuantSpec:
         shape = [1] * rank
         shape[self.axis] = values.size
         return values.reshape(shape)
+
+
+def pack_bits(values: Array, bits: int) -> Array:
+    """Joins 8 / bits neighbours of the last axis in one byte, the first in the lowest bits; padded with zeros."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return np.ascontiguousarray(values, np.uint8)
+    padding = -values.shape[-1] % per_byte
+    padded = np.pad(values, ((0, 0), (0, padding))).reshape(values.shape[0], -1, per_byte)
+    packed = padded[..., 0].copy()
+    for index in range(1, per_byte):
+        packed |= padded[..., index] << np.uint8(bits * index)
+    return packed
+
+
+def unpack_bits(packed: Array, bits: int) -> Array:
+    """The inverse of ``pack_bits``, padding included: uint8 [..., n] -> uint8 [..., n * 8 / bits]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)

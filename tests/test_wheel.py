@@ -36,7 +36,8 @@ def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith("dist-info")} == {"onnxlathe"}, "no top-level 'models' or 'runtime'"
-    for needed in ("py.typed", "compiler/pipeline.py", "passes/cleanup.py", "models/data/stories260k/stories260K.bin"):
+    data = "models/data/stories260k/stories260K.bin"
+    for needed in ("py.typed", "compiler/pipeline.py", "compiler/training/loop.py", "passes/cleanup.py", data):
         assert f"onnxlathe/{needed}" in names
     assert any("LICENSE" in name for name in names)
 
