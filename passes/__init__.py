@@ -25,6 +25,7 @@ from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
 from .plan_memory import PlanMemory
+from .pruning.prune_depth import PruneDepth
 from .pruning.prune_width import PruneWidth
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_kv_cache import QuantizeKVCache
@@ -65,6 +66,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeProgressive,
         QuantizeStatic,
         PlanMemory,
+        PruneDepth,
         PruneWidth,
         QuantizeKVCache,
         QuantizeWeights,

@@ -175,7 +175,7 @@ def _rotary(c: Coupling, node: ir.Node) -> None:
         return
     count, cosines = attribute(node, "num_heads", 0), c.operand(node, 2 if node.domain else 1)
     if not count and cosines is not None and not attribute(node, "rotary_embedding_dim", 0):
-        count = len(c.elements(x, 2)) // max(2 * (cosines.dims or ())[-1][0], 1)  # the whole head is rotated
+        count = len(c.elements(x, 2)) // max(2 * cosines.dim(-1)[0], 1)  # the whole head is rotated
     if not count:
         c.freeze_node(node, f"{node.op_type} {node.name} does not say how many heads there are")
         return

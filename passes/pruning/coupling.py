@@ -22,7 +22,7 @@ from ...compiler.decoder_steps import cache_names
 from ...compiler.graph import Array, subgraphs
 from ..linear_layers import LinearLayer, linear_layer
 from ..streams import reads
-from ..symbolic import ONE, Dims, SymbolicShapes
+from ..symbolic import ONE, Dim, Dims, SymbolicShapes
 
 Kind = Literal["ffn", "heads", "channels"]
 Reader = tuple[ir.Node, int]
@@ -47,6 +47,10 @@ class Place:
     def rank(self) -> int:
         """Rank, 0 if unknown."""
         return len(self.dims or ())
+
+    def dim(self, axis: int) -> Dim:
+        """The size of an axis."""
+        return (self.dims or ())[axis]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Coupling:
         starts = self._starts.get((place.value, place.reader))
         if starts is None:
             starts = self._register(place)
-        start, count = starts[axis], (place.dims or ())[axis][0]
+        start, count = starts[axis], place.dim(axis)[0]
         return np.arange(start, start + count) if start >= 0 else _NOTHING
 
     def link(self, a: Array, b: Array) -> None:
@@ -159,7 +163,7 @@ class Coupling:
                 self._freeze_place(place, f"{a.value.name} and {b.value.name} differ in rank")
             return
         left, right = self.elements(a, i), self.elements(b, j)
-        if len(left) == len(right) and (a.dims or ())[i] == (b.dims or ())[j]:
+        if len(left) == len(right) and a.dim(i) == b.dim(j):
             self.link(left, right)
         else:
             self.freeze(np.concatenate([left, right]), f"{a.value.name} and {b.value.name} differ in shape")

@@ -38,7 +38,7 @@ def broadcast(c: Coupling, node: ir.Node) -> None:
         for axis in range(out.rank):
             aligned = [(p, axis - out.rank + p.rank) for p in places if axis - out.rank + p.rank >= 0]
             for place, index in aligned:
-                if (place.dims or ())[index] != ONE:
+                if place.dim(index) != ONE:
                     c.link_axes(place, index, out, axis)
 
 
@@ -130,7 +130,7 @@ def _matmul(c: Coupling, node: ir.Node) -> None:
     c.link_axes(b, b_column, out, out.rank - 1)
     for place in (a, b):
         for axis in range(place.rank - 2):
-            if (place.dims or ())[axis] != ONE:
+            if place.dim(axis) != ONE:
                 c.link_axes(place, axis, out, axis + out.rank - place.rank)
                 c.mark(c.elements(place, axis), "heads")
     if node.domain:
@@ -163,7 +163,7 @@ def _gemm(c: Coupling, node: ir.Node) -> None:
     c.link_axes(b, column, out, 1)
     _contract(c, node, a, total, b, inner, column)
     for axis in range(bias.rank if bias is not None else 0):
-        if bias is not None and (bias.dims or ())[axis] != ONE:
+        if bias is not None and bias.dim(axis) != ONE:
             c.link_axes(bias, axis, out, axis + 2 - bias.rank)
 
 
@@ -171,7 +171,7 @@ def _conv(c: Coupling, node: ir.Node) -> None:
     x, w, bias, out = (c.operand(node, 0), c.operand(node, 1), c.operand(node, 2), c.result(node))
     if x is None or w is None or out is None:
         return
-    groups, channels = attribute(node, "group", 1), (x.dims or ())[1]
+    groups, channels = attribute(node, "group", 1), x.dim(1)
     reason = f"{node.op_type} {node.name} moves over it"
     for axis in range(2, x.rank):
         for place in (x, w, out):
@@ -184,7 +184,7 @@ def _conv(c: Coupling, node: ir.Node) -> None:
     c.mark(c.elements(x, 1), "channels")
     if groups == 1:
         _contract(c, node, x, 1, w, 1, 0)
-    elif channels == (groups, ()) and (w.dims or ())[1] == ONE:  # depthwise, i makes m outputs
+    elif channels == (groups, ()) and w.dim(1) == ONE:  # depthwise, i makes m outputs
         each = len(c.elements(w, 0)) // groups
         c.link(c.elements(w, 0), np.repeat(c.elements(x, 1), each))
     else:

@@ -15,10 +15,12 @@ from ...compiler.graph import (
     add_initializer,
     attribute,
     constant,
+    dims,
     integers,
     opset,
     remove_dead,
 )
+from ...compiler.kept_caches import KeptCaches
 from .coupling import Coupling, Reader, kept_indices
 from .moving_rules import gathered, sliced, target_parts
 
@@ -41,7 +43,14 @@ def cut(coupling: Coupling, gone: Array, by: str) -> None:
     for place, axis, labels in coupling.places():
         if np.isin(labels, gone).any():
             kept.setdefault((place.value, place.reader), {})[axis] = kept_indices(labels, gone)
+    heads = {
+        value.name or "": [int(head) for head in axes[1]]
+        for (value, _), axes in kept.items()
+        if 1 in axes and not value.is_initializer() and (value.is_graph_input() or value.is_graph_output())
+    }
     _Cutter(coupling, kept, by).run()
+    if heads:
+        KeptCaches({}, heads).write(model)
     remove_dead(model)
 
 
@@ -214,10 +223,10 @@ class _Cutter:
     def _shape(self, value: ir.Value, axes: Mapping[int, Array]) -> None:
         if value.shape is None:
             return
-        shape = list(value.shape)
+        sizes = dims(value) or []
         for axis, kept in axes.items():  # 12 * batch: the name that shape inference made of it would now be wrong
-            shape[axis] = len(kept) if isinstance(shape[axis], int) else None
-        value.shape = ir.Shape(shape)
+            sizes[axis] = len(kept) if isinstance(sizes[axis], int) else None
+        value.shape = ir.Shape(sizes)
 
 
 def _taken(array: Array, axes: Mapping[int, Array]) -> Array:

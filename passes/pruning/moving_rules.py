@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.graph import Array, attribute, constant, integers, is_op, producer
+from ...compiler.graph import Array, attribute, constant, dims, integers, is_op, producer
 from ..symbolic import ONE, Dim, Dims, divide, multiply, squeezed_axes
 from .coupling import Coupling, Place
 
@@ -28,10 +28,11 @@ def target_parts(value: ir.Value | None) -> list[tuple[ir.Value, int]] | None:
     parts: list[tuple[ir.Value, int]] = []
     position = 0
     for part in [value] if node is None or not is_op(node, "Concat") else node.inputs:
-        if part is None or part.shape is None or len(part.shape) != 1 or not isinstance(part.shape[0], int):
+        length = (dims(part) or [None])[0]
+        if part is None or not isinstance(length, int):
             return None
         parts.append((part, position))
-        position += part.shape[0]
+        position += length
     return parts
 
 
@@ -71,7 +72,7 @@ def _split_axis(c: Coupling, node: ir.Node, whole: tuple[Place, int], parts: lis
     """One axis as several: a block of it goes with its index in the outermost of them, the others stay."""
     elements = c.elements(*whole)
     sizes = [len(c.elements(*part)) for part in parts]
-    symbols = [part for part in parts if (part[0].dims or ())[part[1]][1]]
+    symbols = [part for part in parts if part[0].dim(part[1])[1]]
     named = [number for number, size in enumerate(sizes) if size]
     if not len(elements):
         return
@@ -149,8 +150,9 @@ def _origin(value: ir.Value | None, position: int) -> tuple[ir.Value, int] | Non
     if is_op(node, "Gather"):
         indices = integers(node.inputs[1])
         return _origin(x, indices[position]) if indices is not None and min(indices) >= 0 else None
-    if is_op(node, "Slice") and x is not None and x.shape is not None and isinstance(x.shape[0], int):
-        bounds = sliced(node, [x.shape[0]])
+    length = (dims(x) or [None])[0]
+    if is_op(node, "Slice") and isinstance(length, int):
+        bounds = sliced(node, [length])
         return _origin(x, bounds[0][0] + position) if bounds is not None and bounds[0][2] == 1 else None
     if is_op(node, "Concat"):
         for part, begin in reversed(target_parts(value) or []):
@@ -195,7 +197,7 @@ def _expand(c: Coupling, node: ir.Node) -> None:
         return
     for axis in range(out.rank):
         source = axis - out.rank + x.rank
-        if source >= 0 and (x.dims or ())[source] != ONE:
+        if source >= 0 and x.dim(source) != ONE:
             c.link_axes(x, source, out, axis)
         else:
             c.freeze_axis(out, axis, f"Expand {node.name} repeats it")
@@ -227,14 +229,14 @@ def _split(c: Coupling, node: ir.Node) -> None:
     axis = attribute(node, "axis", 0) % x.rank
     elements, start = c.elements(x, axis), 0
     outputs = [c.result(node, index) for index in range(len(node.outputs))]
-    if any(out is None or (out.dims or ())[axis][1] for out in outputs):
+    if any(out is None or out.dim(axis)[1] for out in outputs):
         c.freeze_node(node, f"Split {node.name} has parts of unknown size")
         return
     for out in outputs:
         if out is None:
             continue
         _others(c, x, out, axis)
-        size = (out.dims or ())[axis][0]
+        size = out.dim(axis)[0]
         part = c.elements(out, axis)
         if size == 1:
             c.freeze(elements[start : start + 1], f"Split {node.name} takes one index of it")
@@ -256,7 +258,7 @@ def _concat(c: Coupling, node: ir.Node) -> None:
         if x is None:
             continue
         _others(c, x, out, axis)
-        size, symbols = (x.dims or ())[axis]
+        size, symbols = x.dim(axis)
         if symbols:
             c.freeze(np.concatenate([elements, c.elements(x, axis)]), f"Concat {node.name} joins parts of unknown size")
         elif size == 1:

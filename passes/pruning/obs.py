@@ -17,7 +17,7 @@ import scipy.linalg
 
 from ...compiler.graph import Array
 
-DAMPING = 1e-3
+DAMPING = 1e-2
 """Share of the mean variance that is added to every input's variance, so that the covariance can be inverted."""
 
 
@@ -156,7 +156,7 @@ def activation_scores(problems: Sequence[Problem]) -> Array:
     return np.mean(found, axis=0)
 
 
-def least_squares(weight: Array, covariance: Array, cross: Array, kept: Array, ridge: float = DAMPING) -> Array:
+def least_squares(weight: Array, covariance: Array, cross: Array, kept: Array, ridge: float) -> Array:
     """The weights of the columns ``kept`` that fit a target best; all others are zero.
 
     Minimises ``E ||W' x - t||^2 + ridge mean(diag C) ||W' - W||^2`` over W' with those columns only, x and t about

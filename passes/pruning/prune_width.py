@@ -17,9 +17,10 @@ from ...runtime.errors import PassError
 from .coupling import Coupling, Dimension, Kind
 from .coupling_rules import coupling_of
 from .cut import cut
-from .fit import Moments, Refit, bias_place, mask, moments_of, needs_samples, problem_of, refit
+from .fit import Refit, bias_place, mask, problem_of, refit
 from .module_times import relative_time
 from .obs import Problem, Ranking, activation_scores, magnitude_scores, rank_by, rank_by_obs
+from .statistics import Moments, moments_of, needs_samples
 
 Method = Literal["obs", "magnitude", "activation"]
 WIDTH_KEY = "onnxlathe.width"
@@ -190,10 +191,10 @@ def rank(
     if method == "magnitude":
         problems = [[problem_of(c, item.units, np.zeros((0, 0))) for c in item.consumers] for item in found]
         return [rank_by(magnitude_scores(items)) for items in problems]
-    waiting: dict[ir.Value, Array | Moments] = {}
+    waiting: dict[ir.Value, Moments] = {}
     rankings: dict[str, Ranking] = {}
-    consumers = [consumer for item in found for consumer in item.consumers]
-    for x, moments in moments_of(model, consumers, context):
+    layers = [(consumer.x, consumer.layer) for item in found for consumer in item.consumers]
+    for x, moments in moments_of(model, layers, context):
         waiting[x] = moments
         for item, count in zip(found, most, strict=True):
             if item.name not in rankings and all(consumer.x in waiting for consumer in item.consumers):
