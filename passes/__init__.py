@@ -25,6 +25,7 @@ from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
 from .plan_memory import PlanMemory
+from .pruning.prune_adaptive import PruneAdaptive
 from .pruning.prune_depth import PruneDepth
 from .pruning.prune_width import PruneWidth
 from .quantize_dynamic import QuantizeDynamic
@@ -66,6 +67,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeProgressive,
         QuantizeStatic,
         PlanMemory,
+        PruneAdaptive,
         PruneDepth,
         PruneWidth,
         QuantizeKVCache,

@@ -10,7 +10,7 @@ output, a channel through residual additions. No names and no kinds of models ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -93,10 +93,17 @@ class Coupling:
     Args:
         model: the model; not changed.
         rules: (domain, operator) -> what it links and freezes; all others freeze what they touch.
+        caches: names of inputs and outputs that are key/value caches, besides those that the names of a decoder's say.
     """
 
-    def __init__(self, model: ir.Model, rules: Mapping[tuple[str, str], Callable[[Coupling, ir.Node], None]]) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        rules: Mapping[tuple[str, str], Callable[[Coupling, ir.Node], None]],
+        caches: Collection[str] = (),
+    ) -> None:
         self.model = model
+        self._caches = {*caches, *(name for pair in cache_names(model).items() for name in pair)}
         self.shapes = SymbolicShapes(model)
         self._starts: dict[tuple[ir.Value, Reader | None], list[int]] = {}
         self._places: list[tuple[Place, int]] = []  # of each axis with elements
@@ -265,13 +272,11 @@ class Coupling:
 
     def _read_signature(self) -> None:
         """Inputs and outputs stay as they are, but for the number of heads of a key/value cache."""
-        pairs = cache_names(self.model)
-        caches = {*pairs, *pairs.values()}
         for kind, values in (("input", self.model.graph.inputs), ("output", self.model.graph.outputs)):
             for value in values:
                 place = Place(value, self.shapes.dims(value))
                 for axis in range(place.rank):
-                    if value.name not in caches or axis != 1:
+                    if value.name not in self._caches or axis != 1:
                         self.freeze(self.elements(place, axis), f"{value.name} is an {kind} of the model")
 
     def _solve(self) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -25,9 +25,9 @@ _REDUCTIONS = """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax Reduce
     ReduceSumSquare"""
 
 
-def coupling_of(model: ir.Model) -> Coupling:
-    """The coupling of ``model`` with all operators known here."""
-    return Coupling(model, RULES)
+def coupling_of(model: ir.Model, caches: Collection[str] = ()) -> Coupling:
+    """The coupling of ``model`` with all operators known here; ``caches`` as in ``Coupling``."""
+    return Coupling(model, RULES, caches)
 
 
 def broadcast(c: Coupling, node: ir.Node) -> None:

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from ...compiler.base import Feeds, PassContext
+from ...compiler.kept_caches import KeptCaches
 from ...runtime.benchmark import interleaved, paired_ratio
 from ...runtime.inference import open_session, run_session, session_options
 
 _SECONDS = 0.8
 
 
-def relative_time(
-    model: ir.Model, other: ir.Model, sample: Feeds, context: PassContext, config: Mapping[str, Any] | None = None
-) -> float:
-    """Time of ``other`` over time of ``model`` on one sample, measured in turns with ORT's default optimizations."""
-    sessions = [
-        open_session(item, session_options(threads=context.threads, ort_config=config), context.device)
-        for item in (model, other)
-    ]
-    for session in sessions:
-        run_session(session, sample)  # what fails here is said as a ModelError
-    first, second = interleaved(
-        [functools.partial(session.run, None, dict(sample)) for session in sessions], budget=_SECONDS
-    )
+def relative_time(model: ir.Model, other: ir.Model, sample: Feeds, context: PassContext) -> float:
+    """Time of ``other`` over time of ``model`` on one sample, measured in turns with ORT's default optimizations.
+
+    Args:
+        model: a model.
+        other: the same without some of its parts; what that did to its caches is in its metadata.
+        sample: inputs of ``model``.
+        context: device and threads.
+    """
+    kept = KeptCaches.take(other)
+    runs: list[Callable[[], object]] = []
+    for item, inputs in ((model, sample), (other, kept.of(sample, other) if kept is not None else sample)):
+        session = open_session(item, session_options(threads=context.threads), context.device)
+        known = {value.name for value in session.get_inputs()}
+        feeds = {name: array for name, array in inputs.items() if name in known}
+        run_session(session, feeds)  # what fails here is said as a ModelError
+        runs.append(functools.partial(session.run, None, feeds))
+    first, second = interleaved(runs, budget=_SECONDS)
     return paired_ratio(second, first)[0]

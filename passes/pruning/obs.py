@@ -169,10 +169,12 @@ def least_squares(weight: Array, covariance: Array, cross: Array, kept: Array, r
         kept: indices of columns.
         ridge: share of the mean variance of the columns kept.
     """
+    result = np.zeros_like(weight, dtype=np.float64)
+    if not len(kept):
+        return result
     inner = covariance[np.ix_(kept, kept)]
     right = cross[:, kept] - weight[:, kept] @ inner
     solved = scipy.linalg.solve(damped(inner, ridge), right.T, assume_a="pos").T
-    result = np.zeros_like(weight, dtype=np.float64)
     result[:, kept] = weight[:, kept] + solved
     return result
 

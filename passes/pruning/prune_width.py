@@ -94,7 +94,7 @@ class PruneWidth(Pass):
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
         coupling = coupling_of(model)
-        found = self._dimensions(coupling, outcome)
+        found = self.dimensions(coupling, outcome)
         if not found:
             return outcome
         if self.method != "magnitude" or self.refit:
@@ -114,7 +114,8 @@ class PruneWidth(Pass):
             outcome.counts[f"{_WORDS[item.kind]} of a layer cut"] += 1
         return outcome
 
-    def _dimensions(self, coupling: Coupling, outcome: Outcome) -> list[Dimension]:
+    def dimensions(self, coupling: Coupling, outcome: Outcome) -> list[Dimension]:
+        """What this pass would cut; near misses are refused."""
         for node, reason in coupling.obstacles():
             outcome.refuse(node, _RULE, reason)
         found: list[Dimension] = []
