@@ -27,6 +27,7 @@ def measure_speed(
     config_before: Mapping[str, Any],
     config_after: Mapping[str, Any],
     budget: float = 2.0,
+    feeds_after: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
 ) -> Speed:
     """Times two versions of a model with ORT's default optimizations plus what each version asks for.
 
@@ -39,6 +40,7 @@ def measure_speed(
         config_before: session options the reference wants.
         config_after: session options the rewritten graph wants.
         budget: seconds per sample.
+        feeds_after: the samples as the rewritten graph takes them, where that is different.
 
     Returns:
         The worst ratio over the samples, and all of them by shape.
@@ -49,10 +51,11 @@ def measure_speed(
     ]
     ratios: dict[str, float] = {}
     noise = _LEAST_NOISE
-    for sample in feeds:
-        for session in sessions:
-            run_session(session, sample)  # what fails here is said as a ModelError
-        runs = [functools.partial(session.run, None, dict(sample)) for session in sessions]
+    for sample, adapted in zip(feeds, feeds if feeds_after is None else feeds_after, strict=True):
+        both = list(zip(sessions, (sample, adapted), strict=True))
+        for session, inputs in both:
+            run_session(session, inputs)  # what fails here is said as a ModelError
+        runs = [functools.partial(session.run, None, dict(inputs)) for session, inputs in both]
         old, new = interleaved(runs, budget=budget)
         ratios[shape_of(sample)], spread = paired_ratio(old, new)
         noise = max(noise, spread)

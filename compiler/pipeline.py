@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext
 from .gate import measure_speed
 from .graph import count_ops, weight_bytes
+from .kept_caches import KeptCaches
 from .ranks import save_ranks
 from .report import PassRecord, Report, Speed
 from .save_parts import save_stages
@@ -92,6 +93,7 @@ class _State:
     """The last accepted graph with its results and session options.
 
     ``reference`` is what the original gave, as the passes so far are expected to have changed it.
+    ``samples``, ``timed`` and ``feeds`` are those of the compile as it takes them: a pass may leave out caches.
     ``spare`` is a clone of it that a pass left as it was, for the next pass to work on.
     """
 
@@ -99,6 +101,9 @@ class _State:
     results: verify.Results
     reference: verify.Results
     config: dict[str, Any]
+    samples: Sequence[Feeds] = ()
+    timed: Sequence[Feeds] = ()
+    feeds: Iterable[Feeds] = ()
     spare: ir.Model | None = None
 
 
@@ -117,13 +122,14 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     verify.check_structure(model)
     context.progress("running the original")
     results = _original_results(model, settings)
-    original = _State(model, results, results, {})
+    original = _State(model, results, results, {}, settings.samples, settings.timed, context.feeds)
     state = dataclasses.replace(original, model=model.clone())
     context = dataclasses.replace(context, original=model)
     for step in passes:
         context.progress(step.name)
         if not is_quantized(state.model):
             context = dataclasses.replace(context, reference=state.model)
+        context = dataclasses.replace(context, feeds=state.feeds)
         record = PassRecord(step.name, options=_options(step))
         report.passes.append(record)
         try:
@@ -140,7 +146,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
         report.error, _ = verify.compare(state.reference, state.results)
     if settings.timed:
         context.progress("measuring the result")
-        report.speed = _speed(original, state, context, settings)
+        report.speed = _speed(original, state, context)
     return Compiled(state.model, report, state.config)
 
 
@@ -181,10 +187,13 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
         return dataclasses.replace(state, spare=candidate)
     record.counts = dict(outcome.counts)
     config = _merge(state.config, outcome.ort_config)
+    if (kept := KeptCaches.take(candidate)) is not None:
+        state = _adapted(state, kept, candidate)
     results = _check(step, state, candidate, settings, record)
-    new = _State(candidate, results, [step.expected(result) for result in state.reference], config)
+    reference = [step.expected(result) for result in state.reference]
+    new = dataclasses.replace(state, model=candidate, results=results, reference=reference, config=config)
     if settings.timed and step.gate != "off":
-        record.speed = speed = _speed(state, new, context, settings)
+        record.speed = speed = _speed(state, new, context)
         if speed.ratio < (1.0 if step.gate == "faster" else 1.0 - speed.noise):
             record.status = "dropped"
             measured = ", ".join(f"{ratio:.2f} x at {shape}" for shape, ratio in speed.samples.items())
@@ -194,6 +203,16 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     record.nodes = (record.nodes[0], _size(candidate))
     record.weight_bytes = (record.weight_bytes[0], weight_bytes(candidate))
     return new
+
+
+def _adapted(state: _State, kept: KeptCaches, candidate: ir.Model) -> _State:
+    """``state`` with samples and results as ``candidate`` takes and gives them."""
+    samples, timed, results, reference = (
+        [kept.of(arrays, candidate) for arrays in items]
+        for items in (state.samples, state.timed, state.results, state.reference)
+    )
+    feeds = kept.samples(state.feeds, candidate) if state.feeds != () else ()
+    return dataclasses.replace(state, samples=samples, timed=timed, results=results, reference=reference, feeds=feeds)
 
 
 def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, record: PassRecord) -> verify.Results:
@@ -206,7 +225,7 @@ def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, r
         raise PassError(f"The pass {step.name} left a malformed graph: {error}", "Please report it.") from error
     if not settings.samples:
         return []
-    results = verify.run_reference(candidate, settings.samples)
+    results = verify.run_reference(candidate, state.samples)
     record.error, output = verify.compare([step.expected(result) for result in state.results], results)
     tolerance = settings.tolerance if settings.tolerance is not None else step.tolerance
     if step.claims is Claim.EXACT and record.error > tolerance:
@@ -220,11 +239,12 @@ def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, r
     return results
 
 
-def _speed(before: _State, after: _State, context: PassContext, settings: Settings) -> Speed:
+def _speed(before: _State, after: _State, context: PassContext) -> Speed:
     return measure_speed(
         before.model,
         after.model,
-        settings.timed,
+        before.timed,
+        feeds_after=after.timed,
         device=context.device,
         threads=context.threads,
         config_before=before.config,

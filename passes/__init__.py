@@ -30,6 +30,9 @@ from .partition.partition_devices import PartitionDevices
 from .partition.partition_stages import PartitionStages
 from .partition.partition_tensor import PartitionTensor
 from .plan_memory import PlanMemory
+from .pruning.prune_adaptive import PruneAdaptive
+from .pruning.prune_depth import PruneDepth
+from .pruning.prune_width import PruneWidth
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_kv_cache import QuantizeKVCache
 from .quantize_progressive import QuantizeProgressive
@@ -74,6 +77,9 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeProgressive,
         QuantizeStatic,
         PlanMemory,
+        PruneAdaptive,
+        PruneDepth,
+        PruneWidth,
         QuantizeKVCache,
         QuantizeWeights,
         SimplifyShapes,

@@ -320,8 +320,8 @@ def _range(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
 
 
 def _attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
-    if node.domain:  # com.microsoft.Attention has other inputs
-        return None
+    if node.domain:
+        return _packed_attention(shapes, node)
     query, value = shapes.dims(node.inputs[0]), shapes.dims(node.inputs[2])
     if query is None or value is None:
         return None
@@ -331,10 +331,28 @@ def _attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
     return None if size is None else (*query[:2], multiply([number(attribute(node, "q_num_heads", 1)), size]))
 
 
+def _packed_attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
+    """com.microsoft.Attention multiplies its input with [Wq | Wk | Wv] itself."""
+    source, weight = shapes.dims(node.inputs[0]), shapes.dims(node.inputs[1])
+    if source is None or weight is None:
+        return None
+    sizes = attribute(node, "qkv_hidden_sizes")
+    return (*source[:2], number(sizes[2]) if sizes else number(weight[1][0] // 3))
+
+
+def _group_query_attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
+    query = shapes.dims(node.inputs[0])
+    if query is None or node.inputs[1] is not None:
+        return query
+    heads, kv_heads = attribute(node, "num_heads", 1), attribute(node, "kv_num_heads", 1)
+    return (*query[:2], number(query[2][0] * heads // (heads + 2 * kv_heads)))
+
+
 _RULES: dict[str, Callable[[SymbolicShapes, ir.Node], Dims | None]] = {
     **dict.fromkeys(_SAME.split(), _same),
     **dict.fromkeys(_BROADCAST.split(), _broadcast),
     "Attention": _attention,
+    "GroupQueryAttention": _group_query_attention,
     "MatMul": _matmul,
     "Gemm": _matmul,
     "Transpose": _transpose,

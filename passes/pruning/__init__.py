@@ -1,0 +1,1 @@
+"""Passes that make models smaller by leaving parts of them out."""

@@ -1,0 +1,312 @@
+"""What each part of a model may lose, what that costs the output, and what it saves in time or bytes: all measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ...compiler.base import Feeds, PassContext
+from ...compiler.decoder_steps import cache_names
+from ...compiler.graph import Array, constant, is_op, producer, rank, remove_dead, weight_bytes
+from ...compiler.kept_caches import KeptCaches
+from ...runtime.benchmark import interleaved
+from ...runtime.inference import expose, open_session, run_session, session_options
+from ..output_effect import OutputEffect
+from ..streams import PATIENT, reads
+from .blocks import Half
+from .coupling import Dimension
+from .coupling_rules import coupling_of
+from .cut import cut
+from .fit import bias_place, kept_columns, problem_of, weight_matrix
+from .obs import Ranking, least_squares, rank_by_obs
+from .prune_width import removed
+from .statistics import Moments, moments_of
+
+_RIDGE = 1e-2
+_KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+_SECONDS = 0.25
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Module:
+    """A dimension and what may be left of it.
+
+    Attributes:
+        dimension: the units.
+        half: the branch of the residual stream that gives nothing but a constant without them, None if it is not so.
+        counts: for each option how many units go; from none on; all of them (with ``half``) last.
+    """
+
+    dimension: Dimension
+    half: Half | None
+    counts: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the first weight that makes the units."""
+        return self.dimension.name
+
+
+def modules_of(found: Sequence[Dimension], halves: Sequence[Half], multiple: int) -> list[Module]:
+    """The dimensions with their options."""
+    modules: list[Module] = []
+    for item in found:
+        layers = [consumer.layer.node for consumer in item.consumers]
+        fitting = [h for h in halves if h.layer is not None and layers == [h.layer.node] and _can_be_silent(h)]
+        half = fitting[0] if fitting else None
+        count = len(item.units)
+        if item.kind == "heads":
+            counts = list(range(count))
+        else:
+            counts = sorted({0, *(removed(item, 1 - kept, multiple) for kept in _KEPT)})
+        modules.append(Module(item, half, tuple(counts if half is None else [*counts, count])))
+    return modules
+
+
+def _can_be_silent(half: Half) -> bool:
+    """Whether the stream can be written without the branch but with its bias."""
+    layer = half.layer
+    if layer is None or is_op(layer.node, "Conv"):
+        return False
+    return is_op(half.add, "Add") or (half.norm is None and bias_place(layer) is None)
+
+
+def shrunk(
+    model: ir.Model, counts: Mapping[str, int], silent: Mapping[str, Half], by: str, caches: Collection[str] = ()
+) -> ir.Model:
+    """A copy of the model as small as with these choices; any units go.
+
+    Args:
+        model: the model, or a part of it.
+        counts: name of a dimension -> how many units go.
+        silent: of those of which all go, the branch.
+        by: name of the pass.
+        caches: names of inputs and outputs of a part that are caches of the whole model.
+    """
+    copy = model.clone()
+    nodes = {node.name: node for node in copy.graph}
+    for half in silent.values():
+        if half.add.name in nodes and is_op(half.add, "Add"):
+            silence(nodes[half.add.name], half, by)
+    remove_dead(copy)
+    coupling = coupling_of(copy, caches)
+    gone = [d.units[: counts[d.name]] for d in coupling.dimensions() if counts.get(d.name) and d.name not in silent]
+    if gone:
+        cut(coupling, np.concatenate(gone), by)
+    return copy
+
+
+def silence(add: ir.Node, half: Half, by: str) -> None:
+    """Puts the constant that a branch gives without its units, its bias, in the place of the branch.
+
+    Args:
+        add: the Add of the branch, in the graph at hand.
+        half: the branch; it may be of another copy of the graph.
+        by: name of the pass.
+    """
+    index = next(n for n, value in enumerate(add.inputs) if value is not None and value.name == half.branch.name)
+    branch, stream = add.inputs[index], add.inputs[1 - index]
+    node = producer(branch)
+    bias = next((value for value in node.inputs if rank(value) == 1), None) if node is not None else None
+    if bias is not None:
+        add.replace_input_with(index, bias)
+    elif stream is not None:
+        add.outputs[0].replace_all_uses_with(stream)
+
+
+class Losses:
+    """Measures what the output loses when one module loses units, its last layer fitted.
+
+    One session, in which the weights and biases of the layers that sum over units are inputs, serves all.
+
+    Args:
+        model: the model.
+        modules: what may lose units.
+        effect: compares outputs.
+        context: samples, threads.
+    """
+
+    def __init__(self, model: ir.Model, modules: Sequence[Module], effect: OutputEffect, context: PassContext) -> None:
+        self._model, self._modules, self._effect, self._context = model, modules, effect, context
+        self._arrays: dict[str, Array] = {}
+        swapped = model.clone()
+        for module in modules:
+            for consumer in module.dimension.consumers:
+                place = bias_place(consumer.layer)
+                for value in (consumer.layer.weight, place[0].inputs[place[1]] if place is not None else None):
+                    self._open(swapped, value)
+        options = session_options(threads=context.threads, ort_config=PATIENT)
+        self._session = open_session(swapped, options, context.device)
+
+    def _open(self, swapped: ir.Model, value: ir.Value | None) -> None:
+        array = constant(value)
+        if value is None or array is None or len(value.uses()) != 1 or (value.name or "") in self._arrays:
+            return
+        inner = swapped.graph.initializers.pop(value.name or "")
+        inner.const_value = None
+        swapped.graph.inputs.append(inner)
+        self._arrays[value.name or ""] = array
+
+    def table(self) -> tuple[list[Array], list[Ranking]]:
+        """For each module the effect of each option, and the order in which its units go."""
+        effects: dict[str, Array] = {}
+        rankings: dict[str, Ranking] = {}
+        waiting: dict[ir.Value, Moments] = {}
+        layers = [(c.x, c.layer) for module in self._modules for c in module.dimension.consumers]
+        for x, moments in moments_of(self._model, layers, self._context):
+            waiting[x] = moments
+            for number, module in enumerate(self._modules):
+                item = module.dimension
+                if module.name in effects or not all(consumer.x in waiting for consumer in item.consumers):
+                    continue
+                self._context.progress(f"losses of {number + 1}/{len(self._modules)}: {module.name}")
+                problems = [
+                    problem_of(c, item.units, waiting[c.x].covariance(bias_place(c.layer) is not None))
+                    for c in item.consumers
+                ]
+                rankings[module.name] = rank_by_obs(problems, len(item.units) - 1)
+                effects[module.name] = np.array(
+                    [self._option(module, count, rankings[module.name], waiting) for count in module.counts]
+                )
+            needed = {c.x for m in self._modules if m.name not in effects for c in m.dimension.consumers}
+            waiting = {value: kept for value, kept in waiting.items() if value in needed}
+        return [effects[m.name] for m in self._modules], [rankings[m.name] for m in self._modules]
+
+    def _option(self, module: Module, count: int, ranking: Ranking, moments: Mapping[ir.Value, Moments]) -> float:
+        if not count:
+            return 0.0
+        item = module.dimension
+        gone = item.units if count == len(item.units) else item.units[ranking.order[:count]]
+        changes: dict[str, Array] = {}
+        for consumer in item.consumers:
+            layer, seen = consumer.layer, moments[consumer.x]
+            place = bias_place(layer)
+            weight, covariance = weight_matrix(layer), seen.covariance(place is not None)
+            kept = kept_columns(consumer, gone, weight.shape[1])
+            new = least_squares(weight, covariance, weight @ covariance, kept, _RIDGE)
+            old = self._arrays.get(layer.weight.name or "")
+            if old is not None:
+                changes[layer.weight.name or ""] = layer.unmatrix(new, old.shape).astype(old.dtype)
+            bias = place[0].inputs[place[1]] if place is not None else None
+            if bias is not None and (bias.name or "") in self._arrays:
+                array = self._arrays[bias.name or ""]
+                changes[bias.name or ""] = (array + (weight - new) @ seen.mean()).astype(array.dtype)
+        arrays = {**self._arrays, **changes}
+        output = self._effect.output
+        return self._effect.of_outputs(
+            run_session(self._session, {**sample, **arrays}, [output])[output] for sample in self._effect.samples
+        )
+
+
+def part_times(
+    model: ir.Model, modules: Sequence[Module], sample: Feeds, context: PassContext, by: str
+) -> tuple[list[Array], float]:
+    """Seconds of each module's part of the model at each option, and of the whole model, in ORT as it will run.
+
+    A part is the branch of the residual stream that the module is in, or else the nodes between the layers that make
+    and those that sum over its units. Parts that look the same are timed once.
+    """
+    caches = {name for pair in cache_names(model).items() for name in pair}
+    seconds: list[Array] = []
+    known: dict[str, Array] = {}
+    for number, module in enumerate(modules):
+        context.progress(f"times of {number + 1}/{len(modules)}: {module.name}")
+        part, feeds = _part(model, module, sample, context)
+        key = _signature(part, module, feeds)
+        if key not in known:
+            silent = {module.name: module.half} if module.half is not None else {}
+            variants = [
+                shrunk(part, {module.name: count}, silent if count == len(module.dimension.units) else {}, by, caches)
+                for count in module.counts
+            ]
+            known[key] = _seconds(variants, feeds, context)
+        seconds.append(known[key])
+    whole = _seconds([model], sample, context)[0]
+    return seconds, float(whole)
+
+
+def part_bytes(model: ir.Model, modules: Sequence[Module], by: str) -> tuple[list[Array], float]:
+    """Bytes of weights of each module at each option, and of the whole model: what an option takes away is exact."""
+    whole = weight_bytes(model)
+    sizes: list[Array] = []
+    for module in modules:
+        units = len(module.dimension.units)
+        one = whole - weight_bytes(shrunk(model, {module.name: 1}, {}, by))
+        sizes.append(np.array([(units - count) * one for count in module.counts], np.float64))
+    return sizes, float(whole)
+
+
+def _part(model: ir.Model, module: Module, sample: Feeds, context: PassContext) -> tuple[ir.Model, Feeds]:
+    """The nodes around a dimension as a model of their own, with inputs as they are in ``sample``."""
+    copy = model.clone()
+    nodes = {node.name: node for node in copy.graph}
+    if module.half is not None:
+        inside = {nodes[node.name] for node in (*module.half.nodes, module.half.add)}
+        inside |= {nodes[module.half.norm.name]} if module.half.norm is not None else set()
+    else:
+        inside = _between_layers(nodes, module.dimension)
+    wanted = [
+        value
+        for node in copy.graph
+        if node in inside
+        for value in node.outputs
+        if value.is_graph_output() or any(use.node not in inside for use in value.uses())
+    ]
+    outside = dict.fromkeys(
+        value
+        for node in copy.graph
+        if node in inside
+        for value in reads(node)
+        if value.producer() not in inside and constant(value, limit=0) is None and not value.is_initializer()
+    )
+    names = [value.name or "" for value in outside]
+    given = {name: sample[name] for name in names if name in sample}
+    made = [name for name in names if name not in given]
+    if made:
+        session = open_session(expose(model, made), session_options(threads=context.threads, ort_config=PATIENT))
+        given |= run_session(session, sample, made)
+    graph = ir.convenience.extract(copy.graph, list(outside), wanted)
+    part = ir.Model(graph, ir_version=model.ir_version)
+    part.graph.opset_imports.update(model.opset_imports)
+    used = {value.name for value in part.graph.inputs if not value.is_initializer()}
+    return part, {name: array for name, array in given.items() if name in used}
+
+
+def _between_layers(nodes: Mapping[str | None, ir.Node], item: Dimension) -> set[ir.Node]:
+    """The layers that make the units, those that sum over them, and all nodes on the ways between."""
+    makers = [nodes[node.name] for node in item.makers]
+    ends = [nodes[consumer.layer.node.name] for consumer in item.consumers]
+    after, before = set(makers), set(ends)
+    pending = list(makers)
+    while pending:
+        following = [use.node for value in pending.pop().outputs for use in value.uses()]
+        pending += [node for node in following if node not in after]
+        after.update(following)
+    pending = list(ends)
+    while pending:
+        previous = [p for value in reads(pending.pop()) if (p := value.producer()) is not None]
+        pending += [node for node in previous if node not in before]
+        before.update(previous)
+    return (after & before) | set(makers) | set(ends)
+
+
+def _signature(part: ir.Model, module: Module, feeds: Feeds) -> str:
+    ops = [f"{node.op_type}{[str(value.shape) for value in node.inputs if value is not None]}" for node in part.graph]
+    shapes = sorted(str(array.shape) for array in feeds.values())
+    return f"{ops}{shapes}{module.counts}"
+
+
+def _seconds(models: Sequence[ir.Model], feeds: Feeds, context: PassContext) -> Array:
+    """Seconds of a run of each, in turns."""
+    runs: list[Callable[[], object]] = []
+    for item in models:
+        kept = KeptCaches.take(item)
+        arrays = kept.of(feeds, item) if kept is not None else feeds
+        session = open_session(item, session_options(threads=context.threads), context.device)
+        runs.append(functools.partial(session.run, None, {i.name: arrays[i.name] for i in session.get_inputs()}))
+    timings = interleaved(runs, budget=_SECONDS * len(runs))
+    return np.array([min(timing.rounds) for timing in timings])
