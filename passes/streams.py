@@ -151,6 +151,14 @@ def stage_order(model: ir.Model, values: Iterable[ir.Value]) -> list[ir.Value]:
     return sorted(values, key=made)
 
 
+def same_values(clone: ir.Model, values: Sequence[ir.Value]) -> list[ir.Value]:
+    """The values of ``clone`` that have the names of ``values``."""
+    wanted = {value.name for value in values}
+    found = {value.name: value for value in clone.graph.inputs if value.name in wanted}
+    found.update({value.name: value for node in clone.graph for value in node.outputs if value.name in wanted})
+    return [found[value.name] for value in values]
+
+
 def reads(node: ir.Node) -> Iterator[ir.Value]:
     """The values a node reads, those that its bodies (If, Loop) take from outside included."""
     yield from (value for value in node.inputs if value is not None)
