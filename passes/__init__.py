@@ -25,6 +25,7 @@ from .keep_last_logits import KeepLastLogits
 from .mixed_precision import MixedPrecision
 from .pack_qkv import PackQKV
 from .plan_memory import PlanMemory
+from .pruning.prune_sparse import PruneSparse
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_kv_cache import QuantizeKVCache
 from .quantize_progressive import QuantizeProgressive
@@ -64,6 +65,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeProgressive,
         QuantizeStatic,
         PlanMemory,
+        PruneSparse,
         QuantizeKVCache,
         QuantizeWeights,
         SimplifyShapes,

@@ -1,4 +1,4 @@
-"""The weights that PruneSparse can make sparse: constants of MatMul, Gemm and Conv, with all the nodes that read them."""
+"""The weights that PruneSparse can make sparse: constants of MatMul, Gemm and Conv, with all nodes that read them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ class Prunable:
     Attributes:
         value: the initializer.
         layers: its readers, all of one layout.
+        bias: the initializer that takes in the change of the layer's mean output, None without.
     """
 
     value: ir.Value
     layers: list[LinearLayer]
+    bias: ir.Value | None = None
 
     @property
     def name(self) -> str:
@@ -61,7 +63,7 @@ class Prunable:
             raise ValueError(f"{self.name} has no data")
         return self._by_position(self.layers[0].matrix(array)).astype(np.float32)
 
-    def stored(self, matrix: Array) -> ir.Tensor:
+    def stored(self, matrix: Array) -> ir.TensorProtocol:
         """The tensor for a W [groups, N, K], in the initializer's layout and type."""
         layer = self.layers[0]
         if is_op(layer.node, "Conv"):

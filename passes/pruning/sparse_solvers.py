@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -87,13 +88,13 @@ class Goal:
         """The support with the largest ``scores`` of each row, as many in all rows, give or take one."""
         if self.pattern is not None:
             return _keep_pattern(scores, *self.pattern)
-        return _drop_smallest(scores, _shares(self.zeros, len(scores)))
+        return _drop_smallest(scores, shares(self.zeros, len(scores)))
 
 
-def _shares(total: int, parts: int) -> list[int]:
+def shares(total: int, parts: int) -> list[int]:
     """``total`` in equal parts, give or take one."""
     ends = [total * number // parts for number in range(parts + 1)]
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def _drop_smallest(scores: Array, counts: list[int]) -> Array:
@@ -178,14 +179,15 @@ def refit(target: Array, second: Second, weight: Array, kept: Array) -> Array:
 
     A row for which that is not better on the undamped H than ``weight``, its present content, stays.
     """
-    from scipy.linalg.lapack import dposv
+    from scipy.linalg import get_lapack_funcs
 
+    (solve,) = get_lapack_funcs(("posv",), dtype=np.float64)
     damped = second.damped
     result = np.zeros(target.shape, np.float32)
     for row, right in enumerate(target.astype(np.float64) @ damped):
         support = np.flatnonzero(kept[row])
         if len(support):
-            _, found, _ = dposv(damped[np.ix_(support, support)], right[support], lower=1, overwrite_a=True)
+            _, found, _ = solve(damped[np.ix_(support, support)], right[support], lower=1, overwrite_a=True)
             result[row, support] = found
     worse = row_losses(target, result, second.hessian) > row_losses(target, weight, second.hessian)
     result[worse] = weight[worse]

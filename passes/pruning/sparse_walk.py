@@ -14,6 +14,7 @@ from ...compiler.graph import Array, is_op
 from ..gptq import Inputs, asymmetric_target
 from ..linear_layers import LinearLayer, watch
 from ..streams import MASK, Stream, same_values, stage_order
+from .sparse_bias import shifted
 from .sparse_layers import Prunable
 from .sparse_solvers import Goal, Second, loss
 
@@ -28,20 +29,26 @@ class Moments:
 
     Attributes:
         hessian: Xq Xq^T, float64 [groups, K, K], of the pruned prefix's inputs.
+        total: the sum of Xq's columns, float64 [groups, K].
         cross: (Xf - Xq) Xq^T, Xf being the original's inputs; None without.
+        drift: the sum of the columns of Xf - Xq; None without.
         rows: how many.
     """
 
     hessian: Array | None = None
+    total: Array | None = None
     cross: Array | None = None
+    drift: Array | None = None
     rows: int = 0
 
     def add(self, rows: Array, original: Array | None) -> None:
         """Takes in the rows of one sample, [groups, rows, K]."""
-        turned = rows.transpose(0, 2, 1)
-        self.hessian = _sum(self.hessian, turned @ rows)
+        self.hessian = _sum(self.hessian, rows.transpose(0, 2, 1) @ rows)
+        self.total = _sum(self.total, rows.sum(axis=1, dtype=np.float64))
         if original is not None:
-            self.cross = _sum(self.cross, (original - rows).transpose(0, 2, 1) @ rows)
+            difference = original - rows
+            self.cross = _sum(self.cross, difference.transpose(0, 2, 1) @ rows)
+            self.drift = _sum(self.drift, difference.sum(axis=1, dtype=np.float64))
         self.rows += rows.shape[1]
 
 
@@ -49,19 +56,30 @@ def _sum(total: Array | None, part: Array) -> Array:
     return part.astype(np.float64) if total is None else total + part
 
 
-@dataclasses.dataclass
-class Found:
-    """What came out.
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """A weight made sparse.
 
     Attributes:
-        weights: weight -> W' [groups, N, K].
-        errors: weight name -> the layer's loss, as a share of the sum of its squared outputs.
-        thin: names of weights with fewer calibration rows than inputs.
+        matrix: W', float32 [groups, N, K].
+        shift: what the bias gains, [groups * N]; zeros for a weight without one.
+        lost: the layer's loss.
+        whole: what the loss would be without the weight.
+        rows: calibration rows.
     """
 
-    weights: dict[Prunable, Array] = dataclasses.field(default_factory=lambda: dict[Prunable, Array]())
-    errors: dict[str, float] = dataclasses.field(default_factory=lambda: dict[str, float]())
-    thin: list[str] = dataclasses.field(default_factory=lambda: list[str]())
+    matrix: Array
+    shift: Array
+    lost: float
+    whole: float
+    rows: int
+
+    def tensors(self, weight: Prunable) -> dict[ir.Value, ir.TensorProtocol]:
+        """The new content of the weight and of its bias."""
+        found: dict[ir.Value, ir.TensorProtocol] = {weight.value: weight.stored(self.matrix)}
+        if weight.bias is not None:
+            found[weight.bias] = shifted(weight.bias, self.shift)
+        return found
 
 
 def prune_in_order(
@@ -70,7 +88,7 @@ def prune_in_order(
     solve: Solve,
     context: PassContext,
     target: float,
-) -> Found:
+) -> dict[Prunable, Solution]:
     """Prunes in the order in which the graph runs: inputs come from the prefix as it is after pruning.
 
     Weights that are used with several inputs come first, on the original's inputs.
@@ -82,25 +100,73 @@ def prune_in_order(
         context: samples, threads, progress.
         target: 0 aims at ``W x'`` on the pruned prefix, 1 at the original's ``W x``.
     """
-    found = Found()
+    found: dict[Prunable, Solution] = {}
     work = model.clone()
-    several = [weight for weight in goals if len(weight.inputs) > 1]
-    if several:
-        for weight, moments in zip(several, _watched(model, several, context), strict=True):
-            _solve(weight, goals[weight], moments, solve, 0.0, found)
-            work.graph.initializers[weight.name].const_value = weight.stored(found.weights[weight])
-    for stage, moments in walk(model, work, [weight for weight in goals if weight not in several], context, target > 0):
-        for weight, sums in moments.items():
-            context.progress(f"pruning {stage}: {weight.name}")
-            _solve(weight, goals[weight], sums, solve, target, found)
-            work.graph.initializers[weight.name].const_value = weight.stored(found.weights[weight])
+    single, several = _split(goals)
+
+    def add(weight: Prunable, moments: Moments, toward: float) -> None:
+        context.progress(f"pruning {len(found) + 1}/{len(goals)}: {weight.name}")
+        found[weight] = solve_groups(weight, goals[weight], moments, solve, toward)
+        for value, tensor in found[weight].tensors(weight).items():
+            work.graph.initializers[value.name or ""].const_value = tensor
+
+    for weight, moments in _watched(model, several, context):
+        add(weight, moments, 0.0)
+    for weight, moments in _walk(model, work, single, context, both=target > 0):
+        add(weight, moments, target)
     return found
 
 
-def walk(
-    model: ir.Model, work: ir.Model, weights: Sequence[Prunable], context: PassContext, both: bool
-) -> Iterator[tuple[str, dict[Prunable, Moments]]]:
-    """For each input of ``weights``, in the order of the graph: which one it is, and the moments of its weights.
+def original_moments(
+    model: ir.Model, weights: Iterable[Prunable], context: PassContext
+) -> Iterator[tuple[Prunable, Moments]]:
+    """The moments of each weight's inputs in ``model`` as it is."""
+    single, several = _split(weights)
+    yield from _watched(model, several, context)
+    yield from _walk(model, model.clone(), single, context, both=False)
+
+
+def solve_groups(weight: Prunable, goals: Sequence[Goal], moments: Moments, solve: Solve, target: float) -> Solution:
+    """``solve`` for each group.
+
+    With a bias, moments are centred, as ``b' = b + E[W x - W' x']`` takes in the means whatever W' is.
+    """
+    if moments.hessian is None or moments.total is None:
+        raise ValueError("no samples")
+    matrix = weight.matrix()
+    result, shift = np.empty_like(matrix), np.zeros(matrix.shape[:2])
+    lost = whole = 0.0
+    for group, goal in enumerate(goals):
+        hessian, mean = moments.hessian[group], moments.total[group] / max(moments.rows, 1)
+        cross = moments.cross[group] if moments.cross is not None and target > 0 else None
+        drift = moments.drift[group] / max(moments.rows, 1) if moments.drift is not None else np.zeros_like(mean)
+        if weight.bias is not None:
+            hessian = hessian - moments.rows * np.outer(mean, mean)
+            cross = cross - moments.rows * np.outer(drift, mean) if cross is not None else None
+        second, wanted = Second(hessian), matrix[group]
+        if cross is not None:
+            wanted = asymmetric_target(wanted, Inputs(hessian), cross, target)
+        result[group] = solve(wanted, second, goal)
+        lost += loss(wanted, result[group], second)
+        whole += loss(wanted, np.zeros_like(wanted), second)
+        if weight.bias is not None:
+            shift[group] = matrix[group] @ (mean + target * drift) - result[group] @ mean
+    return Solution(result, shift.reshape(-1), lost, whole, moments.rows)
+
+
+def _split(weights: Iterable[Prunable]) -> tuple[list[Prunable], list[Prunable]]:
+    """Those that are multiplied with one value, and those with several."""
+    single: list[Prunable] = []
+    several: list[Prunable] = []
+    for weight in weights:
+        (single if len(weight.inputs) == 1 else several).append(weight)
+    return single, several
+
+
+def _walk(
+    model: ir.Model, work: ir.Model, weights: Sequence[Prunable], context: PassContext, *, both: bool
+) -> Iterator[tuple[Prunable, Moments]]:
+    """The weights in the order of the graph, each with the moments of its input.
 
     Args:
         model: the original.
@@ -118,7 +184,7 @@ def walk(
     original = Stream(model, stages, context.feeds, _MEMORY, context.threads) if both else None
     for number, x in enumerate(stages):
         arrays, others = pruned.advance(number), original.advance(number) if original is not None else None
-        yield f"{number + 1}/{len(stages)}", _moments(groups[x], arrays, others, masks)
+        yield from _moments(groups[x], arrays, others, masks).items()
 
 
 def _moments(
@@ -156,35 +222,11 @@ class _Watcher:
         self._moments.add(self._weight.rows(self._layer, array, {}), None)
 
 
-def _watched(model: ir.Model, weights: Sequence[Prunable], context: PassContext) -> list[Moments]:
-    sums = [Moments() for _ in weights]
-    watchers = {
-        layer: _Watcher(weight, layer, moments)
-        for weight, moments in zip(weights, sums, strict=True)
-        for layer in weight.layers
-    }
+def _watched(model: ir.Model, weights: Sequence[Prunable], context: PassContext) -> Iterator[tuple[Prunable, Moments]]:
+    """The weights, each with the moments of all its inputs in ``model``."""
+    if not weights:
+        return
+    sums = {weight: Moments() for weight in weights}
+    watchers = {layer: _Watcher(weight, layer, sums[weight]) for weight in weights for layer in weight.layers}
     watch(model, watchers, context)
-    return sums
-
-
-def _solve(
-    weight: Prunable, goals: Sequence[Goal], moments: Moments, solve: Solve, target: float, found: Found
-) -> None:
-    if moments.hessian is None:
-        raise ValueError("no samples")
-    matrix = weight.matrix()
-    result = np.empty_like(matrix)
-    lost = total = 0.0
-    for group, goal in enumerate(goals):
-        second = Second(moments.hessian[group])
-        wanted = matrix[group]
-        if moments.cross is not None and target > 0:
-            wanted = asymmetric_target(wanted, Inputs(second.hessian), moments.cross[group], target)
-        result[group] = solve(wanted, second, goal)
-        lost += loss(wanted, result[group], second)
-        total += loss(wanted, np.zeros_like(wanted), second)
-    found.weights[weight] = result
-    found.errors[weight.name] = lost / total if total > 0 else 0.0
-    if moments.rows < matrix.shape[-1]:
-        found.thin.append(weight.name)
-
+    yield from sums.items()
