@@ -70,7 +70,7 @@ class PruneSparse(Pass):
     refit: bool = True
     allocation: Allocation = "uniform"
     add_bias: bool = False
-    target: float = 0.5
+    target: float = 0.75
     include: tuple[Filter, ...] = ()
     exclude: tuple[Filter, ...] = ()
 

@@ -78,6 +78,15 @@ class Prunable:
             return token_rows(x, feeds)[None]
         return self._by_position(layer.rows(x.astype(np.float32, copy=False)))
 
+    def output_rows(self, layer: LinearLayer, y: Array, feeds: Feeds) -> Array:
+        """An output of ``layer``, row by row as in ``rows``: float32 [groups, rows, N]."""
+        if not is_op(layer.node, "Conv"):
+            return token_rows(y, feeds)[None]
+        outputs = self.shape[0]
+        return (
+            np.moveaxis(y, 1, -1).reshape(-1, layer.groups, outputs // layer.groups).swapaxes(0, 1).astype(np.float32)
+        )
+
     def _by_position(self, matrix: Array) -> Array:
         """[..., channels, positions] as [..., positions, channels], for a Conv."""
         if not is_op(self.layers[0].node, "Conv"):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.base import Feeds, PassContext
-from ...compiler.graph import Array, is_op
-from ..gptq import Inputs, asymmetric_target
-from ..linear_layers import LinearLayer, watch
-from ..streams import MASK, Stream, same_values, stage_order
+from ...compiler.base import PassContext
+from ...compiler.graph import Array, dims, is_op, only_consumer
+from ..linear_layers import LinearLayer, result_of, watch
+from ..streams import MASK, Stream, ancestors, same_values, stage_order
 from .sparse_bias import shifted
 from .sparse_layers import Prunable
 from .sparse_solvers import Goal, Second, loss
@@ -32,6 +32,8 @@ class Moments:
         total: the sum of Xq's columns, float64 [groups, K].
         cross: (Xf - Xq) Xq^T, Xf being the original's inputs; None without.
         drift: the sum of the columns of Xf - Xq; None without.
+        pull: (Rf - Rq) Xq^T, float64 [groups, N, K], of what the output is added to (a residual stream); None without.
+        lift: the sum of the columns of Rf - Rq; None without.
         rows: how many.
     """
 
@@ -39,17 +41,38 @@ class Moments:
     total: Array | None = None
     cross: Array | None = None
     drift: Array | None = None
+    pull: Array | None = None
+    lift: Array | None = None
     rows: int = 0
 
-    def add(self, rows: Array, original: Array | None) -> None:
-        """Takes in the rows of one sample, [groups, rows, K]."""
+    def add(self, rows: Array, original: Array | None = None, residual: Array | None = None) -> None:
+        """Takes in one sample: rows of Xq and Xf, [groups, rows, K], and of Rf - Rq, [groups, rows, N]."""
         self.hessian = _sum(self.hessian, rows.transpose(0, 2, 1) @ rows)
         self.total = _sum(self.total, rows.sum(axis=1, dtype=np.float64))
         if original is not None:
             difference = original - rows
             self.cross = _sum(self.cross, difference.transpose(0, 2, 1) @ rows)
             self.drift = _sum(self.drift, difference.sum(axis=1, dtype=np.float64))
+        if residual is not None:
+            self.pull = _sum(self.pull, residual.transpose(0, 2, 1) @ rows)
+            self.lift = _sum(self.lift, residual.sum(axis=1, dtype=np.float64))
         self.rows += rows.shape[1]
+
+    def toward(self, matrix: Array, group: int, centred: bool) -> tuple[Array, Array]:
+        """How the original's output differs from W times the pruned prefix's inputs.
+
+        Returns:
+            ``(Yf - W Xq) Xq^T`` [N, K], of the centred inputs if ``centred``, and the mean of ``Yf - W Xq`` [N].
+        """
+        count = max(self.rows, 1)
+        moment, mean = np.zeros(matrix.shape), np.zeros(len(matrix))
+        if self.cross is not None and self.drift is not None:
+            moment, mean = moment + matrix @ self.cross[group], mean + matrix @ self.drift[group] / count
+        if self.pull is not None and self.lift is not None:
+            moment, mean = moment + self.pull[group], mean + self.lift[group] / count
+        if centred and self.total is not None:
+            moment -= np.outer(mean, self.total[group])
+        return moment, mean
 
 
 def _sum(total: Array | None, part: Array) -> Array:
@@ -133,24 +156,18 @@ def solve_groups(weight: Prunable, goals: Sequence[Goal], moments: Moments, solv
     """
     if moments.hessian is None or moments.total is None:
         raise ValueError("no samples")
-    matrix = weight.matrix()
+    matrix, centred = weight.matrix(), weight.bias is not None
     result, shift = np.empty_like(matrix), np.zeros(matrix.shape[:2])
     lost = whole = 0.0
     for group, goal in enumerate(goals):
         hessian, mean = moments.hessian[group], moments.total[group] / max(moments.rows, 1)
-        cross = moments.cross[group] if moments.cross is not None and target > 0 else None
-        drift = moments.drift[group] / max(moments.rows, 1) if moments.drift is not None else np.zeros_like(mean)
-        if weight.bias is not None:
-            hessian = hessian - moments.rows * np.outer(mean, mean)
-            cross = cross - moments.rows * np.outer(drift, mean) if cross is not None else None
-        second, wanted = Second(hessian), matrix[group]
-        if cross is not None:
-            wanted = asymmetric_target(wanted, Inputs(hessian), cross, target)
+        second = Second(hessian - moments.rows * np.outer(mean, mean) if centred else hessian)
+        moment, difference = moments.toward(matrix[group], group, centred)
+        wanted = matrix[group] + (target * np.linalg.solve(second.damped, moment.T).T).astype(np.float32)
         result[group] = solve(wanted, second, goal)
         lost += loss(wanted, result[group], second)
         whole += loss(wanted, np.zeros_like(wanted), second)
-        if weight.bias is not None:
-            shift[group] = matrix[group] @ (mean + target * drift) - result[group] @ mean
+        shift[group] = (matrix[group] - result[group]) @ mean + target * difference
     return Solution(result, shift.reshape(-1), lost, whole, moments.rows)
 
 
@@ -178,30 +195,47 @@ def _walk(
     groups: dict[ir.Value, list[Prunable]] = {}
     for weight in weights:
         groups.setdefault(weight.inputs[0], []).append(weight)
+    residuals = _residuals(weights) if both else {}
     stages = stage_order(model, groups)
+    ends = [*stages, *(total for _, total in residuals.values())]  # so that what is added is kept until then
     masks = [{name: sample[name] for name in sample if name == MASK} for sample in context.feeds]
-    pruned = Stream(work, same_values(work, stages), context.feeds, _MEMORY, context.threads)
-    original = Stream(model, stages, context.feeds, _MEMORY, context.threads) if both else None
+    pruned = Stream(work, same_values(work, ends), context.feeds, _MEMORY, context.threads)
+    original = Stream(model, ends, context.feeds, _MEMORY, context.threads) if both else None
     for number, x in enumerate(stages):
-        arrays, others = pruned.advance(number), original.advance(number) if original is not None else None
-        yield from _moments(groups[x], arrays, others, masks).items()
+        views: dict[Any, list[Prunable]] = {}
+        for weight in groups[x]:
+            views.setdefault(weight if weight in residuals else _view(weight.layers[0]), []).append(weight)
+        sums = [Moments() for _ in views]
+        others = original.advance(number) if original is not None else itertools.repeat(None)
+        for index, (array, other) in enumerate(zip(pruned.advance(number), others, strict=False)):
+            for moments, (weight, *_) in zip(sums, views.values(), strict=True):
+                rows = weight.rows(weight.layers[0], array, masks[index])
+                exact = weight.rows(weight.layers[0], other, masks[index]) if other is not None else None
+                residual = None
+                if original is not None and weight in residuals:
+                    value, _ = residuals[weight]
+                    change = original.beside(index, value) - pruned.beside(index, value)
+                    residual = weight.output_rows(weight.layers[0], change, masks[index])
+                moments.add(rows, exact, residual)
+        for moments, together in zip(sums, views.values(), strict=True):
+            yield from ((weight, moments) for weight in together)
 
 
-def _moments(
-    weights: Sequence[Prunable], arrays: Iterable[Array], originals: Iterator[Array] | None, masks: Sequence[Feeds]
-) -> dict[Prunable, Moments]:
-    """Summed sample by sample, once for all weights that see the input in the same way."""
-    views: dict[Any, Moments] = {}
-    sums = {weight: views.setdefault(_view(weight.layers[0]), Moments()) for weight in weights}
-    first = {id(moments): weight for weight, moments in reversed(sums.items())}
-    for mask, array in zip(masks, arrays, strict=True):
-        other = next(originals) if originals is not None else None
-        for moments in views.values():
-            weight = first[id(moments)]
-            layer = weight.layers[0]
-            exact = weight.rows(layer, other, mask) if other is not None else None
-            moments.add(weight.rows(layer, array, mask), exact)
-    return sums
+def _residuals(weights: Iterable[Prunable]) -> dict[Prunable, tuple[ir.Value, ir.Value]]:
+    """Weight -> what its layer's output is added to, made before its input, and the sum."""
+    found: dict[Prunable, tuple[ir.Value, ir.Value]] = {}
+    for weight in weights:
+        result = result_of(weight.layers[0])
+        add = only_consumer(result)
+        if add is None or not is_op(add, "Add") or dims(result) is None:
+            continue
+        others = [value for value in add.inputs if value is not None and value is not result]
+        if len(others) != 1 or dims(others[0]) != dims(result) or dims(add.outputs[0]) != dims(result):
+            continue
+        maker = others[0].producer()
+        if maker is not None and maker in ancestors(weight.inputs, set()):
+            found[weight] = others[0], add.outputs[0]
+    return found
 
 
 def _view(layer: LinearLayer) -> Any:
@@ -219,7 +253,7 @@ class _Watcher:
         self._weight, self._layer, self._moments = weight, layer, moments
 
     def update(self, array: Array) -> None:
-        self._moments.add(self._weight.rows(self._layer, array, {}), None)
+        self._moments.add(self._weight.rows(self._layer, array, {}))
 
 
 def _watched(model: ir.Model, weights: Sequence[Prunable], context: PassContext) -> Iterator[tuple[Prunable, Moments]]:
