@@ -32,6 +32,7 @@ from .partition.partition_tensor import PartitionTensor
 from .plan_memory import PlanMemory
 from .pruning.prune_adaptive import PruneAdaptive
 from .pruning.prune_depth import PruneDepth
+from .pruning.prune_sparse import PruneSparse
 from .pruning.prune_width import PruneWidth
 from .quantize_dynamic import QuantizeDynamic
 from .quantize_kv_cache import QuantizeKVCache
@@ -80,6 +81,7 @@ PASSES: dict[str, type[Pass]] = {
         PruneAdaptive,
         PruneDepth,
         PruneWidth,
+        PruneSparse,
         QuantizeKVCache,
         QuantizeWeights,
         SimplifyShapes,

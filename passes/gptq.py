@@ -68,15 +68,19 @@ class Inputs:
 
     @functools.cached_property
     def upper(self) -> Array:
-        """Upper triangular U with ``U^T U = H^-1`` in ``order``, float32.
+        """Upper triangular U with ``U^T U = H^-1`` in ``order``, float32."""
+        return inverse_factor(self.damped[np.ix_(self.order, self.order)])
 
-        With ``H = M M^T`` for an upper triangular M (Cholesky from the last row to the first), U is the inverse of M.
-        """
-        import scipy.linalg
 
-        h = self.damped[np.ix_(self.order, self.order)]
-        factor = np.ascontiguousarray(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1])
-        return scipy.linalg.solve_triangular(factor, np.eye(len(h)), check_finite=False).astype(np.float32)
+def inverse_factor(h: Array) -> Array:
+    """Upper triangular U with ``U^T U = h^-1``, float32, of a positive definite ``h``.
+
+    With ``h = M M^T`` for an upper triangular M (Cholesky from the last row to the first), U is the inverse of M.
+    """
+    import scipy.linalg
+
+    factor = np.ascontiguousarray(np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1])
+    return scipy.linalg.solve_triangular(factor, np.eye(len(h)), check_finite=False).astype(np.float32)
 
 
 def asymmetric_target(weight: Array, inputs: Inputs, cross: Array, alpha: float) -> Array:

@@ -15,7 +15,7 @@ from .blockwise import minmax_grid, searched_grid
 from .gptq import Fit, Inputs, asymmetric_target, fit
 from .linear_weights import Weight
 from .nbits_nodes import Coded
-from .streams import MASK, Stream, stage_order, token_rows
+from .streams import MASK, Stream, same_values, stage_order, token_rows
 
 _MEMORY = 192 << 20  # bytes of activations kept in memory per stream
 _LARGE = 1 << 18
@@ -91,7 +91,7 @@ def gptq_codes(
     masks = [{name: sample[name] for name in sample if name == MASK} for sample in feeds]
     stages = stage_order(model, groups)
     work = model.clone()
-    quantized = Stream(work, _same_values(work, stages), feeds, _MEMORY, threads)
+    quantized = Stream(work, same_values(work, stages), feeds, _MEMORY, threads)
     original = Stream(model, stages, feeds, _MEMORY, threads) if target > 0 else None
     initializers = work.graph.initializers
     coded: dict[Weight, Coded] = {}
@@ -131,7 +131,7 @@ def awq_codes(
     masks = [{name: sample[name] for name in sample if name == MASK} for sample in feeds]
     stages = stage_order(model, groups)
     untouched = model.clone()
-    stream = Stream(untouched, _same_values(untouched, stages), feeds, _MEMORY, threads)
+    stream = Stream(untouched, same_values(untouched, stages), feeds, _MEMORY, threads)
     names = Names(model)
     coded: dict[Weight, Coded] = {}
     owners = {linear.node.outputs[0]: r.weight for rs in groups.values() for r in rs for linear in r.weight.linears}
@@ -212,11 +212,3 @@ def _moments(
     if hessian is None:
         raise ValueError("no samples")
     return hessian, cross, tokens
-
-
-def _same_values(clone: ir.Model, values: Sequence[ir.Value]) -> list[ir.Value]:
-    """The values of ``clone`` that have the names of ``values``."""
-    wanted = {value.name for value in values}
-    found = {value.name: value for value in clone.graph.inputs if value.name in wanted}
-    found.update({value.name: value for node in clone.graph for value in node.outputs if value.name in wanted})
-    return [found[value.name] for value in values]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -13,13 +13,11 @@ import onnx_ir as ir
 from ..compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ..compiler.graph import Array
 from ..runtime.errors import PassError
-from ..runtime.inference import open_session, run_session, session_options
 from .blockwise import searched_grid
 from .linear_weights import Weight, find_weights, groups_by_input
 from .low_bit import FLOAT, Choice, Level, Method, effect_samples, quantize, usable
-from .output_effect import OutputEffect
+from .output_effect import OutputEffect, Swap
 from .product_times import product_seconds
-from .streams import PATIENT
 
 Unit = Literal["bits", "bytes", "latency"]
 
@@ -173,7 +171,7 @@ def solve(effects: Array, costs: Array, budget: float) -> list[int]:
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs.reshape(1, -1) / budget, -np.inf, 1)],
     )
     if found.x is None:
-        raise PassError(f"No choice of bits was found: {found.message}", "Raise the budget.")
+        raise PassError(f"No choice was found within the budget: {found.message}", "Raise the budget.")
     return [int(index) for index in found.x.reshape(rows, options).argmax(axis=1)]
 
 
@@ -189,7 +187,7 @@ def _effects(
 
     One session with the weights as inputs serves all, so that nothing is loaded or packed again.
     """
-    swap = _Swap(model, [weight for group in groups for weight in group], effect, context.threads)
+    swap = Swap(model, [weight.value for group in groups for weight in group], effect, context.threads)
     table = np.zeros((len(groups), len(options)))
     for row, group in enumerate(groups):
         context.progress(f"effect of {row + 1}/{len(groups)}: {group[0].name}")
@@ -203,31 +201,6 @@ def _effects(
                 changes[weight.name] = weight.stored(grid.decode(grid.round(matrix))).numpy()
             table[row, column] = swap(changes)
     return table
-
-
-class _Swap:
-    """The model with weights that differ from call to call."""
-
-    def __init__(self, model: ir.Model, weights: Sequence[Weight], effect: OutputEffect, threads: int) -> None:
-        self._effect = effect
-        self._arrays: dict[str, Array] = {}
-        open_model = model.clone()
-        for weight in weights:
-            tensor = weight.value.const_value
-            if tensor is None:
-                continue
-            self._arrays[weight.name] = np.asarray(tensor.numpy())
-            value = open_model.graph.initializers.pop(weight.name)
-            value.const_value = None
-            open_model.graph.inputs.append(value)
-        self._session = open_session(open_model, session_options(threads=threads, ort_config=PATIENT))
-
-    def __call__(self, changes: Mapping[str, Array]) -> float:
-        arrays = {**self._arrays, **changes}
-        return self._effect.of_outputs(
-            run_session(self._session, {**sample, **arrays}, [self._effect.output])[self._effect.output]
-            for sample in self._effect.samples
-        )
 
 
 def _words(option: Option) -> str:

@@ -80,6 +80,41 @@ class OutputEffect:
         return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
 
 
+class Swap:
+    """The effect of a model with weights that differ from call to call, in one session.
+
+    The weights are inputs of that session, so that nothing is loaded or packed again.
+
+    Args:
+        model: the original.
+        weights: those of its main graph's initializers that may differ.
+        effect: what is measured, on the same original.
+        threads: intra-op threads, 0 for ONNX Runtime's default.
+    """
+
+    def __init__(self, model: ir.Model, weights: Iterable[ir.Value], effect: OutputEffect, threads: int = 0) -> None:
+        self._effect = effect
+        self._arrays: dict[str, np.ndarray] = {}
+        open_model = model.clone()
+        for weight in weights:
+            tensor, name = weight.const_value, weight.name or ""
+            if tensor is None:
+                continue
+            self._arrays[name] = np.asarray(tensor.numpy())
+            value = open_model.graph.initializers.pop(name)
+            value.const_value = None
+            open_model.graph.inputs.append(value)
+        self._session = open_session(open_model, session_options(threads=threads, ort_config=PATIENT))
+
+    def __call__(self, changes: Mapping[str, np.ndarray]) -> float:
+        """The effect with ``changes`` (name -> array) in place of the original's weights."""
+        arrays = {**self._arrays, **changes}
+        return self._effect.of_outputs(
+            run_session(self._session, {**sample, **arrays}, [self._effect.output])[self._effect.output]
+            for sample in self._effect.samples
+        )
+
+
 def _compared_output(model: ir.Model) -> tuple[str, bool]:
     floats = [v for v in model.graph.outputs if v.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
     if not floats:

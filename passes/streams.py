@@ -81,7 +81,7 @@ class Stream:
         self._stages = stages
         self._store = ArrayStore(memory)
         self._count = 0
-        self._needed = _ancestors(stages, set())
+        self._needed = ancestors(stages, set())
         self._done: set[ir.Node] = set()
         self._live: list[ir.Value] = [value for value in model.graph.inputs if not value.is_initializer()]
         for number, sample in enumerate(feeds):
@@ -92,7 +92,7 @@ class Stream:
     def advance(self, stage: int) -> Iterator[Array]:
         """Runs the graph up to ``stages[stage]`` and yields that value for each sample."""
         end = self._stages[stage]
-        fresh = _ancestors([end], self._done)
+        fresh = ancestors([end], self._done)
         live = self._frontier(self._done | fresh, end)
         outputs = [value for value in live if value.producer() in fresh]
         read = {value for node in fresh for value in reads(node)}
@@ -104,6 +104,10 @@ class Stream:
         self._store.keep_only({value.name or "" for value in live})
         for number in range(self._count):
             yield self._store.get(number, end.name or "")
+
+    def beside(self, sample: int, value: ir.Value) -> Array:
+        """A value that was made before the stage reached, and that a later stage needs, of one sample."""
+        return self._store.get(sample, value.name or "")
 
     def _frontier(self, done: set[ir.Node], end: ir.Value) -> list[ir.Value]:
         """What is there after ``done`` and read by later stages, and ``end`` itself."""
@@ -151,6 +155,14 @@ def stage_order(model: ir.Model, values: Iterable[ir.Value]) -> list[ir.Value]:
     return sorted(values, key=made)
 
 
+def same_values(clone: ir.Model, values: Sequence[ir.Value]) -> list[ir.Value]:
+    """The values of ``clone`` that have the names of ``values``."""
+    wanted = {value.name for value in values}
+    found = {value.name: value for value in clone.graph.inputs if value.name in wanted}
+    found.update({value.name: value for node in clone.graph for value in node.outputs if value.name in wanted})
+    return [found[value.name] for value in values]
+
+
 def reads(node: ir.Node) -> Iterator[ir.Value]:
     """The values a node reads, those that its bodies (If, Loop) take from outside included."""
     yield from (value for value in node.inputs if value is not None)
@@ -159,7 +171,7 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
             yield from reads(inner)
 
 
-def _ancestors(values: Iterable[ir.Value], stop: set[ir.Node]) -> set[ir.Node]:
+def ancestors(values: Iterable[ir.Value], stop: set[ir.Node]) -> set[ir.Node]:
     """The nodes that ``values`` depend on, not looking behind ``stop``."""
     found: set[ir.Node] = set()
     pending = [value.producer() for value in values]

@@ -11,15 +11,20 @@ Metadata keys (strings, JSON where structured):
   ``ORT_LOAD_CONFIG_FROM_MODEL`` is 1.
 
 One file below 2 GB; above (or when the weights already live in external files) weights go to ``<name>.data`` beside it.
+
+A name that ends in ``.gz`` means the same single file compressed by gzip, worth it where many weights are zero; plain
+onnxruntime takes its content: ``InferenceSession(gzip.open(path).read())``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import tempfile
 import uuid
+import zlib
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +45,7 @@ _LEVELS = {"disable": 0, "basic": 1, "extended": 2, "all": 99}
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Reads an ONNX file; external weights stay on disk, memory-mapped when used.
+    """Reads an ONNX file; external weights stay on disk, memory-mapped when used. ``.gz`` files are decompressed.
 
     Raises:
         ModelError: the file is missing, is not ONNX, is truncated, or its external data is missing, too short, or
@@ -52,7 +57,9 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if file.stat().st_size == 0:
         raise ModelError(f"{file} is empty.", "Export or download the model again.")
     try:
-        model = ir.load(file)
+        model = _load_compressed(file) if is_compressed(file) else ir.load(file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ModelError(f"{file} is not a gzip file, or is truncated ({_short(error)}).", "Copy it again.") from error
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
     except (DecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -63,6 +70,23 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if not list(model.graph.outputs):
         raise ModelError(f"{file} is not an ONNX model: its graph has no outputs.", "Export or download it again.")
     _check_external(model, file)
+    return model
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name is compressed by gzip."""
+    return Path(path).suffix == ".gz"
+
+
+def _load_compressed(file: Path) -> ir.Model:
+    model = ir.from_proto(onnx.load_model_from_string(gzip.decompress(file.read_bytes())))
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                raise ModelError(
+                    f"{file}: the initializer {value.name!r} lies in another file ({value.const_value.location}).",
+                    "Decompress the model beside that file.",
+                )
     return model
 
 
@@ -77,7 +101,7 @@ def save(
 
     Args:
         model: the model; it is not changed.
-        path: the ``.onnx`` file to write.
+        path: the ``.onnx`` file to write; ``.onnx.gz`` writes it compressed, always as one file.
         metadata: extra ``metadata_props`` to store.
         external_data: True puts weights beside the file, False inside; None: inside below 2 GB unless they already
             are in external files.
@@ -90,10 +114,15 @@ def save(
         raise ModelError(f"The folder {target.parent} does not exist.", "Create it first.")
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if is_compressed(target):
+        if external_data:
+            raise ModelError(f"{target} is one compressed file.", "Leave out external_data, or save to .onnx.")
+        external_data = False
     if external_data is None:
         external_data = total >= _SINGLE_FILE_LIMIT or any(isinstance(t, ir.ExternalTensor) for t in tensors)
     if not external_data and total >= _SINGLE_FILE_LIMIT:
-        raise ModelError(f"{total} bytes of weights do not fit in one file.", "Use external_data=True.")
+        remedy = "Save to .onnx." if is_compressed(target) else "Use external_data=True."
+        raise ModelError(f"{total} bytes of weights do not fit in one file.", remedy)
     old_data = _data_files(target) if target.exists() else set[Path]()
     try:
         with (
@@ -116,7 +145,10 @@ def _write(model: ir.Model, folder: Path, target: Path, external_data: bool) -> 
     draft = folder / target.name
     if not external_data:
         with _in_memory(model):
-            ir.save(model, draft)
+            if is_compressed(target):
+                draft.write_bytes(gzip.compress(ir.to_proto(model).SerializeToString(), mtime=0))
+            else:
+                ir.save(model, draft)
         draft.replace(target)
         return ""
     name = f"{target.name}.data"

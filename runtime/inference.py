@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from .artifact import is_compressed, load
 from .errors import ModelError
 from .providers import Device, providers_for
 
@@ -74,11 +75,13 @@ def open_session(
     """Opens ``source`` in ONNX Runtime.
 
     Weights of an ``onnx_ir.Model`` stay outside the serialized graph: those in external files are mapped by ORT, the
-    others are handed over in memory; so the 2 GB limit of protobuf does not matter.
+    others are handed over in memory; so the 2 GB limit of protobuf does not matter. ``.gz`` is decompressed first.
 
     Raises:
         ModelError: ONNX Runtime refuses the model; the message names the reason.
     """
+    if not isinstance(source, ir.Model) and is_compressed(source):
+        source = load(source)
     try:
         if isinstance(source, ir.Model):
             with weights_outside(source) as (names, values, folder):

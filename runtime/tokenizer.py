@@ -43,7 +43,7 @@ def put_tokenizer(content: bytes, model: str | os.PathLike[str]) -> Path:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Loads a ``tokenizer.json``: that file, the one in that folder, or the one beside that ``.onnx`` file.
+    """Loads a ``tokenizer.json``: that file, the one in that folder, or the one beside that ``.onnx`` (``.gz``).
 
     Raises:
         RuntimeUnavailable: the library is not installed.
@@ -56,7 +56,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file: Path | None = Path(path)
     if file.is_dir():
         file = file / FILE
-    elif file.suffix == ".onnx":
+    elif file.suffix in (".onnx", ".gz"):
         file = tokenizer_file(file)
     if file is None or not file.is_file():
         raise ModelError(

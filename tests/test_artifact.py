@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 from pathlib import Path
 
@@ -188,3 +189,45 @@ def test_missing_and_truncated_external_data(small_model: ir.Model, tmp_path: Pa
     data.unlink()
     with pytest.raises(ModelError, match=r"m\.onnx\.data .* is missing"):
         load(path)
+
+
+def test_compressed(small_model: ir.Model, tmp_path: Path) -> None:
+    """Reloads exactly, runs here and in plain onnxruntime, is reproducible, and zeros make it small."""
+    weight = small_model.graph.initializers["w"]
+    dense = weight.const_value.numpy().copy()  # type: ignore[union-attr]
+    dense[np.random.default_rng(0).random(dense.shape) < 0.9] = 0
+    weight.const_value = ir.tensor(dense, name="w")
+    expected = run_plain(save(small_model, tmp_path / "m.onnx"))
+    path = save(small_model, tmp_path / "m.onnx.gz", metadata={"k": "v"})
+    assert path.stat().st_size < 0.3 * (tmp_path / "m.onnx").stat().st_size
+    again = load(path)
+    assert again.metadata_props["k"] == "v"
+    assert np.array_equal(again.graph.initializers["w"].const_value.numpy(), dense)  # type: ignore[union-attr]
+    content = gzip.decompress(path.read_bytes())
+    plain = ort.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, X)[0]
+    assert np.array_equal(plain, expected)
+    assert np.array_equal(next(iter(lathe.Session(path).run(X).values())), expected)
+    first = path.read_bytes()
+    assert save(small_model, path, metadata={"k": "v"}).read_bytes() == first
+    assert files(tmp_path) == {"m.onnx", "m.onnx.gz"}
+
+
+def test_compressed_takes_external_data_in(small_model: ir.Model, tmp_path: Path) -> None:
+    model = load(save(small_model, tmp_path / "m.onnx", external_data=True))
+    path = save(model, tmp_path / "n.onnx.gz")
+    assert np.array_equal(next(iter(lathe.Session(path).run(X).values())), run_plain(tmp_path / "m.onnx"))
+    with pytest.raises(ModelError, match="one compressed file"):
+        save(model, path, external_data=True)
+    outside = tmp_path / "o.onnx.gz"
+    outside.write_bytes(gzip.compress((tmp_path / "m.onnx").read_bytes()))
+    with pytest.raises(ModelError, match="lies in another file"):
+        load(outside)
+
+
+def test_broken_compressed_files(small_model: ir.Model, tmp_path: Path) -> None:
+    path = save(small_model, tmp_path / "m.onnx.gz")
+    content = path.read_bytes()
+    for broken in (content[:-20], content[: len(content) // 2], b"no gzip at all", gzip.compress(b"no model")):
+        path.write_bytes(broken)
+        with pytest.raises(ModelError, match="truncated"):
+            load(path)
