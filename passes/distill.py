@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from ..compiler.base import Claim, Feeds, Gate, Outcome, Pass, PassContext
 from ..compiler.budget import split
-from ..compiler.decoder_steps import cache_names
 from ..compiler.load import load_model
+from ..compiler.padding import cache_names
 from ..runtime.errors import PassError, RuntimeUnavailable
 from ..runtime.feeds import FeedSource
 from ..runtime.providers import resolve_device

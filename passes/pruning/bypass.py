@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from ...compiler.decoder_steps import cache_names
 from ...compiler.graph import MICROSOFT, PASS_KEY, Names, attribute, is_op, make_node, opset, remove_dead
 from ...compiler.kept_caches import KeptCaches
+from ...compiler.padding import cache_names
 from ...runtime.errors import PassError
 from .blocks import Half
 from .cut import drop_unused

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.base import Feeds, PassContext
-from ...compiler.decoder_steps import cache_names
 from ...compiler.graph import Array, constant, is_op, producer, rank, remove_dead, weight_bytes
 from ...compiler.kept_caches import KeptCaches
+from ...compiler.padding import cache_names
 from ...runtime.benchmark import interleaved
 from ...runtime.inference import expose, open_session, run_session, session_options
 from ..output_effect import OutputEffect

@@ -18,8 +18,8 @@ import onnx_ir as ir
 import scipy.sparse
 from scipy.sparse.csgraph import connected_components
 
-from ...compiler.decoder_steps import cache_names
 from ...compiler.graph import Array, subgraphs
+from ...compiler.padding import cache_names
 from ..linear_layers import LinearLayer, linear_layer
 from ..streams import reads
 from ..symbolic import ONE, Dim, Dims, SymbolicShapes
