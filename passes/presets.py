@@ -63,6 +63,11 @@ PRESETS: dict[str, Preset] = {
         ("upgrade-opset", *_CLEAN, *_FUSE, "quantize-weights", "cleanup"),
         True,
     ),
+    "cuda-fp16": Preset(
+        "float16 on the CUDA provider, sums in float32; samples show what must stay float32.",
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", "convert-float16", "cleanup"),
+        True,
+    ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),
 }
 
