@@ -263,6 +263,62 @@ def view(
 
 
 @app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for everybody")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, help="replicas")] = 1,
+    target: Device = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="intra-op threads of each")] = 1,
+    max_bytes: Annotated[int, typer.Option(min=1, help="of a request's body")] = 1_000_000,
+    token: Annotated[
+        str | None, typer.Option(envvar="ONNXLATHE_TOKEN", help="what requests must carry: Authorization: Bearer TOKEN")
+    ] = None,
+) -> None:
+    """Serves a model over HTTP with Ray Serve, until Ctrl-C.
+
+    POST /predict {"inputs": {name: nested lists}}, POST /generate {"prompt": text or ids, "stream": true}, GET /health,
+    GET /metrics.
+
+    Example: onnxlathe serve model.onnx --port 8000
+    """
+    import time
+
+    from onnxlathe.runtime.distributed import Limits, start_server, stop_server
+
+    with _status("onnxlathe: starting Ray Serve"):
+        limits = Limits(max_bytes=max_bytes, token=token)
+        start_server(model, host=host, port=port, workers=workers, device=target, threads=threads, limits=limits)
+    typer.echo(f"serving {model} at http://{host}:{port}")
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        stop_server()
+
+
+@app.command()
+def split(
+    model: Model,
+    folder: Annotated[Path, typer.Option("-o", "--output", help="the folder to write", show_default=False)],
+) -> None:
+    """Writes the stages or ranks of a model that partition-stages or partition-tensor divided.
+
+    Example: onnxlathe split divided.onnx -o stages
+    """
+    from onnxlathe.compiler.placement import read_placement
+    from onnxlathe.compiler.ranks import save_ranks
+    from onnxlathe.compiler.save_parts import save_stages
+    from onnxlathe.runtime.artifact import load, read_config
+
+    graph = load(model)
+    placement = read_placement(graph)
+    save = save_ranks if placement is not None and placement.kind == "ranks" else save_stages
+    save(graph, folder, ort_config=read_config(graph.metadata_props))
+    typer.echo(f"wrote {len(list(folder.glob('*.onnx')))} files and manifest.json into {folder}")
+
+
+@app.command()
 def passes() -> None:
     """Lists passes with their options, and presets.
 
