@@ -47,8 +47,9 @@ _EXPORTS = {
     "RuntimeUnavailable": ".runtime.errors",
 }
 _SUBPACKAGES = ("passes", "models", "runtime", "compiler")
+_MODULES = {"distributed": ".runtime.distributed"}
 
-__all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_EXPORTS, *_SUBPACKAGES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from onnxlathe import compiler, models, passes, runtime
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from onnxlathe.compiler.ranks import save_ranks
     from onnxlathe.compiler.report import PassRecord, Report
     from onnxlathe.compiler.save_parts import save_stages
+    from onnxlathe.runtime import distributed
     from onnxlathe.runtime.artifact import load
     from onnxlathe.runtime.errors import (
         ExportError,
@@ -84,6 +86,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_EXPORTS[name], __name__), name)
     elif name in _SUBPACKAGES:
         value = import_module(f".{name}", __name__)
+    elif name in _MODULES:
+        value = import_module(_MODULES[name], __name__)
     else:
         raise AttributeError(f"module 'onnxlathe' has no attribute {name!r}")
     globals()[name] = value

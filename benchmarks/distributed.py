@@ -1,0 +1,189 @@
+"""What many workers, stages and ranks give on this machine.
+
+    python benchmarks/distributed.py [--only workers stages ranks plan]
+
+* workers: batches through 1 worker with 1 thread, 2 workers, 1 session with 2 threads, one default session, in turns
+  (threads that share a session; with --ray also Ray actors);
+* stages: bottleneck over its proven bound for k = 2..8 on the models of ``models/``, and a pipeline's bubble;
+* ranks: the part of a run that exchanges take;
+* plan: a decoder's measured step over the bound that ``onnxlathe plan`` gives for this machine's bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import write_result
+
+SMALL = ("mlp-784", "convnet", "inception", "densenet", "nas-cells", "unet", "mobilenet", "encoder", "stories260k")
+
+
+def exported(name: str) -> Any:
+    """A model of the zoo, cleaned up."""
+    import onnxlathe as lathe
+    from onnxlathe.models import zoo
+
+    entry = zoo.build(name)
+    if entry.kind == "causal-lm":
+        model = lathe.export_causal_lm(entry.module, check=False)
+    else:
+        model = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False)
+    return lathe.compile(model, "basic", verify=False, progress=False).model
+
+
+def workers(folder: Path, seconds: float, ray: bool) -> dict[str, float]:
+    """Throughput over that of one worker with one thread."""
+    import onnxlathe as lathe
+    from onnxlathe.distributed import DataParallel, best_setting
+    from onnxlathe.runtime.artifact import save
+    from onnxlathe.runtime.benchmark import interleaved
+
+    path = save(exported("mlp-784"), folder / "mlp.onnx")
+    batch = {"pixels": np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)}
+    one = lathe.Session(path, threads=1)
+    sides: dict[str, Any] = {
+        "1 session, 1 thread": functools.partial(one.run, batch),
+        "1 session, default threads": functools.partial(lathe.Session(path).run, batch),
+    }
+    open_ones: list[DataParallel] = []
+    for engine in ("threads", "ray") if ray else ("threads",):
+        for count in (1, 2):
+            open_ones.append(DataParallel(path, count, engine=engine))  # type: ignore[arg-type]
+            sides[f"{count} workers, {engine}"] = functools.partial(open_ones[-1].run, batch)
+    times = [timing.median for timing in interleaved(list(sides.values()), budget=seconds)]
+    for parallel in open_ones:
+        parallel.close()
+    found = {name: times[0] / seconds for name, seconds in zip(sides, times, strict=True)}
+    print(f"best setting (workers, threads): {best_setting(path, batch, seconds / 4)}")
+    return found
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    """Bottleneck over bound, by model and k; and a pipeline of two stages."""
+    import onnxlathe as lathe
+    from onnxlathe.compiler.base import PassContext
+    from onnxlathe.compiler.placement import read_placement
+    from onnxlathe.passes.partition.partition_stages import PartitionStages
+    from onnxlathe.runtime.feeds import make_feeds
+
+    found: dict[str, Any] = {}
+    for name in SMALL:
+        model = exported(name)
+        ratios: dict[str, float] = {}
+        for k in range(2, min(8, len(list(model.graph))) + 1):
+            divided = model.clone()
+            PartitionStages(k)(divided, PassContext(threads=1))
+            placement = read_placement(divided)
+            assert placement is not None
+            ratios[str(k)] = placement.figures["bottleneck"] / placement.figures["bound"]
+            if name == "unet" and k == 2:
+                session = lathe.StagedSession(lathe.save_stages(divided, folder / "stages"), threads=1)
+                feeds = make_feeds(model, 0, 1)[0]
+                session.run_many([feeds] * 50)
+                report = session.report
+                assert report is not None
+                figures = dataclasses.asdict(report)
+                expected = {"expected_bubble": report.expected_bubble, "bubble": report.bubble}
+                found["pipeline of unet"] = {**figures, **expected, "balance": report.balance}
+        found[name] = ratios
+        print(f"{name:14}", *(f"{ratio:.3f}" for ratio in ratios.values()))
+    return found
+
+
+def ranks(folder: Path) -> dict[str, float]:
+    """The part of a run of two ranks that is not in their sessions."""
+    import onnxlathe as lathe
+    from onnxlathe.compiler.base import PassContext
+    from onnxlathe.passes.partition.partition_tensor import PartitionTensor
+
+    model = exported("encoder")
+    PartitionTensor(2)(model, PassContext(threads=1))
+    session = lathe.RankedSession(lathe.save_ranks(model, folder / "ranks"))
+    ids = np.random.default_rng(0).integers(0, 100, (8, 128))
+    feeds = {value.name or "": np.ones_like(ids) for value in session.inputs}
+    feeds["input_ids"] = ids
+    alone = lathe.RankedSession(folder / "ranks")
+    start = time.perf_counter()
+    for _ in range(20):
+        session.run(feeds)
+    whole = time.perf_counter() - start
+    parted = alone._parted  # type: ignore[attr-defined]
+    share = 1 - _time_in_sessions(parted, feeds) / (whole / 20)
+    return {"share of exchanges and hand-overs": share}
+
+
+def _time_in_sessions(parted: Any, feeds: dict[str, np.ndarray]) -> float:
+    """Seconds of the slowest rank of each step, summed over the steps."""
+    total = 0.0
+    for _ in range(5):
+        binding = parted.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name in parted.outputs:
+            binding.bind_output(name, "cpu")
+        for number in range(len(parted.steps)):
+            slowest = 0.0
+            for rank in range(len(parted.steps[number].sessions)):
+                start = time.perf_counter()
+                binding.run(number, rank)
+                slowest = max(slowest, time.perf_counter() - start)
+            total += slowest
+            parted.run_step(number, binding)
+    return total / 5
+
+
+def plan_error() -> dict[str, float]:
+    """A measured step of a 30M decoder over the bound from weight bytes and bandwidth, one thread."""
+    import onnxlathe as lathe
+    from onnxlathe.models.decoder import decoder
+    from onnxlathe.passes.partition.costs import this_machine
+    from onnxlathe.planner import Decoder, Hardware, plan
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8192}
+    module = decoder("tiny", num_attention_heads=8, num_key_value_heads=4, **sizes)
+    out = lathe.compile(lathe.export_causal_lm(module, check=False), "cpu-fp32", verify=False, progress=False)
+    params = sum(weight.numel() for weight in module.parameters())
+    machine = this_machine()
+    hardware = Hardware(1, 1e12, machine.bandwidth, 1e9, machine.flops)
+    (bound,) = plan(Decoder(params, 8, 512, 4, 64, weight_bits=32, cache_bits=32), hardware, 1, 64)
+    session = out.session(threads=1)
+    session.generate([1, 2, 3], 8)
+    times: list[float] = []
+    session.generate([1, 2, 3], 64, on_token=lambda row, token: times.append(time.perf_counter()))
+    step = float(np.median(np.diff(times)))
+    return {"measured step over bound": step / bound.step_seconds, "params": params}
+
+
+def main() -> None:
+    """Runs what is asked for and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = ["workers", "stages", "ranks", "plan"]
+    parser.add_argument("--only", nargs="*", default=choices, choices=choices)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--ray", action="store_true")
+    options = parser.parse_args()
+    content: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if "workers" in options.only:
+            content["workers"] = workers(folder, options.seconds, options.ray)
+        if "stages" in options.only:
+            content["stages"] = stages(folder)
+        if "ranks" in options.only:
+            content["ranks"] = ranks(folder)
+        if "plan" in options.only:
+            content["plan"] = plan_error()
+    for name, figures in content.items():
+        print(name, figures)
+    print(write_result("distributed", 1, content, set()))
+
+
+if __name__ == "__main__":
+    main()
