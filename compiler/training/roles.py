@@ -33,6 +33,7 @@ _LARGEST = 1e4
 
 
 def is_constant(value: ir.Value) -> bool:
+    """Whether ``value`` is an initializer that callers cannot override, or a Constant."""
     return not value.is_graph_input() and ir.convenience.get_const_tensor(value) is not None
 
 

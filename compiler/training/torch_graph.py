@@ -64,7 +64,7 @@ class TorchGraph(nn.Module):
         self.weights = nn.ModuleList()
         nodes = self._needed()
         require(nodes)
-        self._make_weights(nodes, exclude, _floats_of(origin) if origin is not None else [])
+        self._make_weights(nodes, exclude, origin)
         self._steps = list(self._plan(nodes))
         self.to(device)
 
@@ -86,16 +86,17 @@ class TorchGraph(nn.Module):
         return {name: _typed(value, result) for name, (value, result) in found.items() if result is not None}
 
     def write(self) -> int:
-        """Writes the weights back into the model's initializers; returns how many there are."""
-        for weight in self.trained():
+        """Writes the trained weights back into the model's initializers; returns how many there are."""
+        weights = list(self.trained())
+        for weight in weights:
             for value, tensor in weight.tensors().items():
                 value.const_value = tensor
-        return len(self.weights)
+        return len(weights)
 
     def trained(self) -> Iterator[FloatWeight | CodedWeight]:
         """The weights that are trained, in the order of the graph."""
         for weight in self.weights:
-            if isinstance(weight, (FloatWeight, CodedWeight)):
+            if isinstance(weight, (FloatWeight, CodedWeight)) and weight.latent.requires_grad:
                 yield weight
 
     def _read(self, value: ir.Value | None, known: dict[ir.Value, Tensor]) -> Tensor | None:
@@ -119,9 +120,10 @@ class TorchGraph(nn.Module):
             wanted.update(value for value in _inputs(node) if value is not None)
         return kept[::-1]
 
-    def _make_weights(self, nodes: list[ir.Node], exclude: Sequence[str], floats: list[Array]) -> None:
+    def _make_weights(self, nodes: list[ir.Node], exclude: Sequence[str], origin: ir.Model | None) -> None:
         read = dict.fromkeys(value for node in nodes for value in _inputs(node) if value is not None)
         coded_before: dict[tuple[ir.Value, ir.Value], int] = {}
+        floats: list[Array] | None = None
         for value in [*read, *self.outputs]:
             if value in self._weight_of or value in self._constants:
                 continue
@@ -137,6 +139,7 @@ class TorchGraph(nn.Module):
                 continue
             if stored is not None:
                 excluded = excluded or not _read_together(stored.values)
+                floats = _floats_of(origin) if floats is None else floats
                 near = nearest_float(stored, floats)
                 weight: nn.Module = CodedWeight(stored, near, not excluded and _owned(stored.values))
                 coded_before[stored.values] = len(self.weights)
@@ -231,10 +234,10 @@ def _values(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
     return [known[name] for name in names]
 
 
-def _floats_of(model: ir.Model) -> list[Array]:
+def _floats_of(model: ir.Model | None) -> list[Array]:
     """The float matrices and filters of a model."""
     found: list[Array] = []
-    for value in model.graph.initializers.values():
+    for value in model.graph.initializers.values() if model is not None else ():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in FLOATS and len(tensor.shape) >= 2:
             found.append(np.asarray(tensor.numpy(), np.float32))
