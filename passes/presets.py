@@ -60,6 +60,11 @@ PRESETS: dict[str, Preset] = {
         ("upgrade-opset", *_CLEAN, *_FUSE, "quantize-weights", "cleanup"),
         True,
     ),
+    "cpu-fast": Preset(
+        "Less of every part (1.5 x in fp32), chosen by what it costs, then int8 on the CPU provider: needs samples.",
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", "prune-adaptive", "cleanup", *_INT8, "cleanup"),
+        True,
+    ),
     "cpu-fp32": Preset("fp32 on the CPU provider, answers equal.", ("upgrade-opset", *_CLEAN, *_FUSE, "cleanup"), True),
 }
 
