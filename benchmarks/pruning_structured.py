@@ -2,11 +2,11 @@
 
     python benchmarks/pruning_structured.py [--folder F] [--sentences 1500] [--only minilm|stories|layers] [--speed]
 
-MiniLM (fused, fp32): calibration on sentences of TinyStories, fidelity on 256 others as in encoder_int8.py; speed against
-the fused model as it is. stories260k: nats a token on stories that calibration did not see, as in lowbit.py. Layers: the
-error of feed-forward layers at half their width on the original's inputs, held-out samples, as a share of what leaving
-out the best units without a refit loses. ``--speed`` only measures the speed of the models that an earlier run left in F,
-so that it can run while the machine is idle.
+MiniLM (fused, fp32): calibration on sentences of TinyStories, fidelity on 256 others as in encoder_int8.py; speed
+against the fused model as it is. stories260k: nats a token on stories that calibration did not see, as in lowbit.py.
+Layers: the error of feed-forward layers at half their width on the original's inputs, held-out samples, as a share of
+what leaving out the best units without a refit loses. ``--speed`` only measures the speed of the models that an earlier
+run left in F, so that it can run while the machine is idle.
 """
 
 from __future__ import annotations
