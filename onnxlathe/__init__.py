@@ -21,6 +21,7 @@ _EXPORTS = {
     "export": ".compiler.export",
     "export_causal_lm": ".compiler.export_lm",
     "compile": ".api",
+    "make_student": ".student",
     "analyze": ".analysis",
     "Analysis": ".compiler.analysis",
     "Budget": ".compiler.budget",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
 
     from .analysis import analyze
     from .api import compile
+    from .student import make_student
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,11 @@ PRESETS: dict[str, Preset] = {
         ("upgrade-opset", *_CLEAN, *_FUSE, "quantize-weights", "cleanup"),
         True,
     ),
+    "cpu-fast": Preset(
+        "Less of every part (1.5 x in fp32), chosen by what it costs, then int8 on the CPU provider: needs samples.",
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE_INT8, "cleanup", "prune-adaptive", "cleanup", *_INT8, "cleanup"),
+        True,
+    ),
     "cuda-fp16": Preset(
         "float16 on the CUDA provider, sums in float32; samples show what must stay float32.",
         ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE, "cleanup", "convert-float16", "cleanup"),

@@ -1,0 +1,271 @@
+"""Structured pruning on real models: what is lost, what is saved, against magnitude and random choices.
+
+    python benchmarks/pruning_structured.py [--folder F] [--sentences 1500] [--only minilm|stories|layers] [--speed]
+
+MiniLM (fused, fp32): calibration on sentences of TinyStories, fidelity on 256 others as in encoder_int8.py; speed
+against the fused model as it is. stories260k: nats a token on stories that calibration did not see, as in lowbit.py.
+Layers: the error of feed-forward layers at half their width on the original's inputs, held-out samples, as a share of
+what leaving out the best units without a refit loses. ``--speed`` only measures the speed of the models that an earlier
+run left in F, so that it can run while the machine is idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from encoder_int8 import CALIBRATION, HELD_OUT, batches, fidelity, random_tokens, sentences
+from harness import write_result
+from lowbit import VALIDATION, nats, samples
+from rich.console import Console
+from rich.table import Table
+
+import onnxlathe as lathe
+from onnxlathe.compiler.base import Outcome, Pass, PassContext
+from onnxlathe.compiler.graph import weight_bytes
+from onnxlathe.compiler.load import infer_shapes, load_model
+from onnxlathe.models.zoo import build
+from onnxlathe.passes import PruneAdaptive, PruneDepth, PruneWidth
+from onnxlathe.passes.pruning.coupling_rules import coupling_of
+from onnxlathe.passes.pruning.cut import cut
+from onnxlathe.passes.pruning.fit import bias_place, problem_of
+from onnxlathe.passes.pruning.module_times import relative_time
+from onnxlathe.passes.pruning.obs import activation_scores, least_squares, magnitude_scores, rank_by, rank_by_obs
+from onnxlathe.passes.pruning.prune_width import removed
+from onnxlathe.passes.pruning.statistics import moments_of
+from onnxlathe.runtime.artifact import load, save
+from onnxlathe.runtime.inference import open_session, run_session, session_options
+
+Feeds = dict[str, Any]
+SHAPES = ((1, 16), (1, 128), (8, 128))
+THREADS = 2
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to prune one model."""
+
+    name: str
+    bytes: float
+    figures: dict[str, float]
+    notes: list[str]
+
+
+def steps() -> Iterator[tuple[str, Pass]]:
+    """The passes compared."""
+    for ratio in (0.2, 0.5):
+        for what in (("ffn",), ("heads",)):
+            words = f"{what[0]} width -{ratio:.0%}"
+            yield f"{words}, magnitude", PruneWidth(ratio=ratio, what=what, method="magnitude", refit=False)
+            yield f"{words}, activation", PruneWidth(ratio=ratio, what=what, method="activation", refit=False)
+            yield f"{words}, OBS and refit", PruneWidth(ratio=ratio, what=what)
+    for layers in (1, 2):
+        for method in ("influence", "replace"):
+            yield f"depth -{layers}, {method}", PruneDepth(layers=layers, method=method)  # type: ignore[arg-type]
+    yield "adaptive, 1.5 x", PruneAdaptive(speedup=1.5, sizes={"batch": 1, "sequence": 128})
+
+
+def at_random(model: ir.Model, ratio: float, seed: int = 0) -> ir.Model:
+    """Feed-forward units drawn evenly, without a refit: the control."""
+    copy, rng = model.clone(), np.random.default_rng(seed)
+    coupling = coupling_of(copy)
+    found = [item for item in coupling.dimensions() if item.kind == "ffn"]
+    cut(coupling, np.concatenate([rng.permutation(d.units)[: removed(d, ratio, 16)] for d in found]), "random")
+    return copy
+
+
+def compared(
+    model: ir.Model, calibration: list[Feeds], judge: Callable[[ir.Model], dict[str, float]], folder: Path | None
+) -> Iterator[Row]:
+    """The model with every pass applied, judged."""
+    context = PassContext(feeds=calibration, threads=THREADS)
+    yield Row("as it is", 1.0, judge(model), [])
+    for ratio in (0.2, 0.5):
+        changed = at_random(model, ratio)
+        yield Row(f"ffn width -{ratio:.0%}, random", weight_bytes(changed) / weight_bytes(model), judge(changed), [])
+    for name, step in steps():
+        changed = model.clone()
+        outcome: Outcome = step(changed, context)
+        if folder is not None:
+            save(changed, folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.onnx")
+        yield Row(name, weight_bytes(changed) / weight_bytes(model), judge(changed), outcome.notes)
+
+
+def minilm(folder: Path) -> ir.Model:
+    """MiniLM as cpu-fp32 leaves it."""
+    path = folder / "fused.onnx"
+    if not path.exists():
+        entry = build("minilm")
+        source = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes)
+        save(lathe.compile(source, "cpu-fp32", speed_gate=False, progress=False).model, path)
+    model = load_model(path)
+    infer_shapes(model)
+    return model
+
+
+def texts(count: int) -> tuple[list[str], list[str]]:
+    """Sentences to calibrate on, and others to judge by."""
+    known = sentences()
+    held = known[CALIBRATION : CALIBRATION + HELD_OUT]
+    rest = known[:CALIBRATION] + known[CALIBRATION + HELD_OUT :]
+    if VALIDATION.exists():
+        more = {part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", VALIDATION.read_text())}
+        extra = sorted(part for part in more - set(known) if len(part) > 20)
+        rest += [extra[index] for index in np.random.default_rng(1).permutation(len(extra))]
+    return rest[:count], held
+
+
+def run_minilm(folder: Path, count: int) -> list[Row]:
+    """MiniLM with every pass."""
+    model = minilm(folder)
+    calibration, held_texts = texts(count)
+    feeds, held = batches(calibration, 16), batches(held_texts, 32)
+
+    def outputs(item: ir.Model) -> list[Any]:
+        session = open_session(item, session_options(threads=THREADS))
+        return [next(iter(run_session(session, sample).values())) for sample in held]
+
+    expected = outputs(model)
+    return _told(compared(model, feeds, lambda item: fidelity(expected, outputs(item), held), folder))
+
+
+def run_stories(count: int) -> list[Row]:
+    """stories260k with every pass that fits it."""
+    entry = build("stories260k")
+    model = lathe.compile(lathe.export_causal_lm(entry.module, check=False), "basic", progress=False).model
+    calibration, judged = samples(count)
+    base = nats(model, judged)
+
+    def judge(item: ir.Model) -> dict[str, float]:
+        names = {value.name: value.shape for value in item.graph.inputs}
+        narrow = [{k: v[:, : names[k][1]] if "past" in k else v for k, v in f.items() if k in names} for f in judged]
+        return {"nats a token": nats(item, narrow), "increase": nats(item, narrow) - base}
+
+    return _told(compared(model, calibration, judge, None))
+
+
+def _told(rows: Iterator[Row]) -> list[Row]:
+    found: list[Row] = []
+    for row in rows:
+        found.append(row)
+        print(row.name, {key: round(value, 4) for key, value in row.figures.items()}, *row.notes, sep=" | ", flush=True)
+    return found
+
+
+def layer_errors(model: ir.Model, calibration: list[Feeds], held: list[Feeds]) -> dict[str, Any]:
+    """Error of feed-forward layers at half their width, on held-out samples, energy, as shares of the drop's."""
+    found = [item for item in coupling_of(model).dimensions() if item.kind == "ffn" and len(item.consumers) == 1]
+    layers = [(item.consumers[0].x, item.consumers[0].layer) for item in found]
+    fitted = dict(moments_of(model, layers, PassContext(feeds=calibration, threads=THREADS)))
+    judged = dict(moments_of(model, layers, PassContext(feeds=held, threads=THREADS)))
+    rows: list[dict[str, float]] = []
+    for item in found:
+        consumer = item.consumers[0]
+        centred = bias_place(consumer.layer) is not None
+        problem = problem_of(consumer, item.units, fitted[consumer.x].covariance(centred))
+        truth = judged[consumer.x].covariance(centred)
+        half = len(item.units) // 2
+        drop = {"magnitude": magnitude_scores([problem]), "activation": activation_scores([problem])}
+        orders = {name: rank_by(scores).order[:half] for name, scores in drop.items()}
+        orders["OBS"] = rank_by_obs([problem], half).order[:half]
+        row: dict[str, float] = {}
+        for name, order in orders.items():
+            kept = np.setdiff1d(np.arange(problem.weight.shape[1]), problem.blocks[order].reshape(-1))
+            dropped = np.zeros_like(problem.weight)
+            dropped[:, kept] = problem.weight[:, kept]
+            cross = problem.weight @ problem.covariance
+            fits = {"drop": dropped, "refit": least_squares(problem.weight, problem.covariance, cross, kept, 1e-2)}
+            for way, weight in fits.items():
+                change = weight - problem.weight
+                total = np.einsum("nk,nk->", problem.weight @ truth, problem.weight)
+                row[f"{name} {way}"] = float(np.einsum("nk,nk->", change @ truth, change) / total)
+        rows.append(row)
+    medians = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
+    best_drop = [min(row["magnitude drop"], row["activation drop"]) for row in rows]
+    energy = [row["OBS refit"] / drop for row, drop in zip(rows, best_drop, strict=True)]
+    return {
+        "layers": rows,
+        "median": medians,
+        "OBS refit / best drop, energy": float(np.median(energy)),
+        "OBS refit / best drop, norm": float(np.sqrt(np.median(energy))),
+    }
+
+
+def run_layers(folder: Path, count: int) -> dict[str, Any]:
+    """Layer errors of both models."""
+    calibration, held = texts(count)
+    entry = build("stories260k")
+    stories = lathe.compile(lathe.export_causal_lm(entry.module, check=False), "basic", progress=False).model
+    first, second = samples(40)
+    return {
+        "minilm": layer_errors(minilm(folder), batches(calibration, 16), batches(held, 32)),
+        "stories260k": layer_errors(stories, first, second),
+    }
+
+
+def run_speed(folder: Path) -> dict[str, dict[str, float]]:
+    """Time of MiniLM as it is over time of each pruned one, by shape."""
+    model = minilm(folder)
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("*-*.onnx")):
+        other = load(path)
+        times = {
+            shape: relative_time(model, other, random_tokens(shape), PassContext(threads=THREADS)) for shape in SHAPES
+        }
+        found[path.stem] = {str(shape): 1 / time for shape, time in times.items()}
+        print(path.stem, found[path.stem], flush=True)
+    return found
+
+
+def main() -> None:
+    """Prints tables and writes ``results/pruning_structured.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/onnxlathe-pruning"), help="keeps the models")
+    parser.add_argument("--sentences", type=int, default=1500)
+    parser.add_argument("--stories", type=int, default=40)
+    parser.add_argument("--only", choices=("minilm", "stories", "layers"))
+    parser.add_argument("--speed", action="store_true")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    kept = options.folder / "figures.json"
+    content: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    if options.speed:
+        content["speed"] = run_speed(options.folder)
+    else:
+        parts: dict[str, Callable[[], Any]] = {
+            "layers": lambda: run_layers(options.folder, options.sentences),
+            "stories": lambda: [dataclasses.asdict(row) for row in run_stories(options.stories)],
+            "minilm": lambda: [dataclasses.asdict(row) for row in run_minilm(options.folder, options.sentences)],
+        }
+        for name, run in parts.items():
+            if options.only in (None, name):
+                content[name] = run()
+                kept.write_text(json.dumps(content, indent=1))
+    _show(content)
+    print("wrote", write_result("pruning_structured", THREADS, content, set()))
+
+
+def _show(content: dict[str, Any]) -> None:
+    console = Console(width=150)
+    for name in ("minilm", "stories"):
+        rows = content.get(name)
+        if rows:
+            table = Table("side", "bytes", *rows[0]["figures"], title=name)
+            for row in rows:
+                table.add_row(row["name"], f"{row['bytes']:.2f}", *(f"{v:.4f}" for v in row["figures"].values()))
+            console.print(table)
+    for name, found in content.get("layers", {}).items():
+        console.print(name, {key: value for key, value in found.items() if key != "layers"})
+    for name, found in content.get("speed", {}).items():
+        console.print(name, found)
+
+
+if __name__ == "__main__":
+    main()
