@@ -54,17 +54,19 @@ class Row:
 
 def samples(count: int) -> tuple[list[Feeds], list[Feeds]]:
     """Stories to calibrate on, and others to judge by."""
-    tokenizer = stories_tokenizer()
-    found: list[Feeds] = []
-    for story in heldout_stories():
-        ids = np.array([[BOS, *tokenizer.encode(story).ids][:LONGEST]], np.int64)
-        positions = np.arange(ids.shape[1], dtype=np.int64)[None]
-        sample = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
-        for layer in range(5):
-            for kind in ("key", "value"):
-                sample[f"past_key_values.{layer}.{kind}"] = np.zeros((1, 4, 0, 8), np.float32)
-        found.append(sample)
+    found = [sample_of(story) for story in heldout_stories()]
     return found[::2][:count], found[1::2][:count]
+
+
+def sample_of(story: str) -> Feeds:
+    """The model's inputs for a story from its start, with an empty cache."""
+    ids = np.array([[BOS, *stories_tokenizer().encode(story).ids][:LONGEST]], np.int64)
+    positions = np.arange(ids.shape[1], dtype=np.int64)[None]
+    sample = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
+    for layer in range(5):
+        for kind in ("key", "value"):
+            sample[f"past_key_values.{layer}.{kind}"] = np.zeros((1, 4, 0, 8), np.float32)
+    return sample
 
 
 def nats(model: ir.Model | str, judged: list[Feeds]) -> float:

@@ -43,8 +43,13 @@ def heldout_stories() -> list[str]:
 
     The model starts each at ``BOS`` and reaches about 1.30 nats a token on them.
     """
+    return split_stories(heldout_text())
+
+
+def split_stories(text: str) -> list[str]:
+    """The stories of a text of TinyStories, told apart by their opening words."""
     stories: list[str] = []
-    for paragraph in heldout_text().strip().split("\n\n"):
+    for paragraph in text.strip().split("\n\n"):
         if not stories or paragraph.startswith(_OPENINGS):
             stories.append(paragraph)
         else:

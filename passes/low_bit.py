@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -254,13 +255,9 @@ def _entry(level: int) -> dict[str, str]:
     return {"session.qdq_matmulnbits_accuracy_level": str(level)}
 
 
-def effect_samples(model: ir.Model, context: PassContext) -> list[Feeds]:
-    """The samples on which effects are measured: the first given, else made ones."""
-    samples: list[Feeds] = []
-    for sample in context.feeds:
-        samples.append(sample)
-        if len(samples) == _EFFECT_SAMPLES:
-            break
+def effect_samples(model: ir.Model, context: PassContext, count: int = _EFFECT_SAMPLES) -> list[Feeds]:
+    """The samples on which effects are measured: the first ``count`` given, else made ones."""
+    samples = list(itertools.islice(context.feeds, count))
     return samples or make_feeds(model, context.seed)
 
 

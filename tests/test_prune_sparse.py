@@ -342,6 +342,35 @@ def test_a_weight_of_two_layers() -> None:
     refused(PruneSparse(), other, "is not pruned", feeds=samples((16, 16)), nested=False)
 
 
+@pytest.mark.parametrize("kind", ["float16", "double"])
+def test_other_floats(kind: str) -> None:
+    dtype = np.float16 if kind == "float16" else np.float64
+    text = SHARED.replace("float[", f"{kind}[")
+    model = typed(
+        from_text(text.replace("y = MatMul(q, w)", "y = Add(p, q)"), w=weights(w=(16, 16))["w"].astype(dtype))
+    )
+    feeds = [{"x": sample["x"].astype(dtype)} for sample in samples((30, 16))]
+    context = PassContext(feeds=feeds)
+    after, _ = rewrite(PruneSparse(add_bias=True), model, feeds=feeds, context=context, tolerance=9.0, nested=False)
+    assert arrays(after)["w"].dtype == dtype and (arrays(after)["w"] == 0).sum() == 128
+
+
+def test_the_residual_stream_is_repaired() -> None:
+    """What a layer is added to has drifted: towards the original's outputs it makes up for that, with target 0 not."""
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    g (float[n, 24] x, float[24,24] a, float[24,32] b, float[32,24] c) => (float[n, 24] y) {
+      p = MatMul(x, a)  r = Add(x, p)  q = MatMul(r, b)  s = Relu(q)  t = MatMul(s, c)  y = Add(r, t)
+    }"""
+    model = typed(from_text(text, **weights(a=(24, 24), b=(24, 32), c=(32, 24))))
+    feeds = samples((60, 24), 12)
+    errors = []
+    for target in (0.0, 1.0):
+        after = model.clone()
+        PruneSparse(target=target, sparsity=0.7)(after, PassContext(feeds=feeds[:8]))
+        errors.append(error(model, after, feeds[8:]))
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_external_data(tmp_path: Path) -> None:
     feeds = samples((40, 24))
     model = with_external_data(mlp(), tmp_path)

@@ -18,7 +18,7 @@ from ..output_effect import OutputEffect
 from ..quantization_plan import Filter
 from ..quantized_layers import mark
 from .sparse_bias import give_bias
-from .sparse_goals import below, by_effect, by_magnitude, uniform, zeros_already
+from .sparse_goals import EFFECT_SAMPLES, below, by_effect, by_magnitude, uniform, zeros_already
 from .sparse_layers import RULE, Prunable, find_prunable
 from .sparse_size import size_notes
 from .sparse_solvers import Goal, Method, Second, prune
@@ -117,7 +117,8 @@ class PruneSparse(Pass):
             outcome.counts["weights made sparse"] += 1
         outcome.notes += size_notes((tensor, weight.value.const_value) for weight, tensor in before.items())
         if original is not None:
-            effect = OutputEffect(original, effect_samples(original, context), context.device, context.threads)
+            samples = effect_samples(original, context, EFFECT_SAMPLES)
+            effect = OutputEffect(original, samples, context.device, context.threads)
             outcome.notes.append(f"effect on {effect.output!r} of all together, measured: {effect(model):.3g}")
         return outcome
 

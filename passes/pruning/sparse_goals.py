@@ -17,6 +17,8 @@ from .sparse_solvers import Goal, shares
 from .sparse_walk import Solve, original_moments, solve_groups
 
 _MEASURED = (0.5, 0.75, 1.0, 1.25, 1.5)  # of the share of zeros asked for: where effects are measured
+EFFECT_SAMPLES = 32
+"""Effects of single weights are small: fewer samples than this, and noise decides between the weights."""
 _STEP = 0.025
 _MOST = 0.95
 
@@ -60,7 +62,7 @@ def by_effect(
         weight -> how many zeros in each group, and the sum of effects predicted.
     """
     measured = np.array([min(share * factor, share + (factor - 1) * (1 - share)) for factor in _MEASURED])
-    effect = OutputEffect(model, effect_samples(model, context), context.device, context.threads)
+    effect = OutputEffect(model, effect_samples(model, context, EFFECT_SAMPLES), context.device, context.threads)
     values = [value for weight in weights for value in (weight.value, weight.bias) if value is not None]
     swap = Swap(model, values, effect, context.threads)
     options = np.unique(np.append(np.arange(0, _MOST + _STEP / 2, _STEP), share))

@@ -1,0 +1,218 @@
+"""Zeros in the weights of two real models, without training: what they cost in quality, and in bytes.
+
+    python benchmarks/pruning_sparse.py            # a quarter of an hour
+    python benchmarks/pruning_sparse.py --quick    # few stories, no MiniLM
+
+stories260k: increase in nats per token on 80 held-out stories (magnitude and a random mask as controls). Calibration is
+on other stories: 80 of the same file and, where ../shared has the longer validation text, those of it that are not in
+that file. MiniLM: cosine of pooled embeddings with the dense model's on held-out sentences. Layers: squared error on
+inputs of the dense model from held-out text; ratios to SparseGPT without refit, as in its paper, and with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from encoder_int8 import batches, pooled, sentences
+from harness import write_result
+from lowbit import VALIDATION, Feeds, nats, sample_of, samples
+from rich.console import Console
+from rich.table import Table
+
+from onnxlathe.compiler.base import Outcome, PassContext
+from onnxlathe.compiler.export_lm import export_causal_lm
+from onnxlathe.compiler.load import load_model
+from onnxlathe.models.stories import heldout_stories, split_stories, stories260k
+from onnxlathe.passes import Cleanup, FoldConstants, PruneSparse
+from onnxlathe.passes.pruning.sparse_layers import Prunable, find_prunable
+from onnxlathe.passes.pruning.sparse_solvers import Goal, Second, loss, prune
+from onnxlathe.passes.pruning.sparse_walk import Moments, original_moments
+from onnxlathe.runtime.inference import open_session, run_session, session_options
+
+GOALS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "70 %": {"sparsity": 0.7}, "2:4": {"pattern": "2:4"}}
+PLAIN = {"refit": False, "target": 0.0}
+SIDES: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude", **PLAIN},
+    "random mask": {"method": "magnitude", **PLAIN},
+    "Wanda": {"method": "wanda", **PLAIN},
+    "SparseGPT": {"method": "sparsegpt", **PLAIN},
+    "SparseGPT + refit": {"method": "sparsegpt", "target": 0.0},
+    "ADMM + refit": {"target": 0.0},
+    "ADMM + refit, original's outputs": {},
+    "the same, biases": {"add_bias": True},
+    "the same, shares by effect": {"add_bias": True, "allocation": "sensitivity"},
+    "the same, tokens shuffled": {"add_bias": True, "allocation": "sensitivity"},
+}
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to prune: its loss, and the bytes of the file compressed."""
+
+    model: str
+    goal: str
+    side: str
+    figure: float
+    zeros: float
+    compressed: int
+
+
+def more_stories() -> list[Feeds]:
+    """The stories of the longer validation text that are not among the held-out ones."""
+    if not VALIDATION.is_file():
+        return []
+    openings = {story[:60] for story in heldout_stories()}
+    texts = split_stories(VALIDATION.read_text(encoding="utf-8"))
+    return [sample_of(story) for story in texts if not any(opening in story for opening in openings)]
+
+
+def shuffled(feeds: list[Feeds]) -> list[Feeds]:
+    """The samples with their tokens in random order: a control, as calibration text that means nothing."""
+    rng = np.random.default_rng(0)
+    return [{**sample, "input_ids": rng.permuted(sample["input_ids"], axis=1)} for sample in feeds]
+
+
+def with_random_masks(dense: ir.Model, pruned: ir.Model) -> ir.Model:
+    """``dense`` with as many zeros in each weight as ``pruned`` has, anywhere."""
+    rng = np.random.default_rng(0)
+    model = dense.clone()
+    for weight in find_prunable(model, (), (), Outcome()):
+        matrix = weight.matrix()
+        mask = pruned.graph.initializers[weight.name].const_value.numpy() != 0  # type: ignore[union-attr]
+        kept = rng.permutation(mask.reshape(-1)).reshape(matrix.shape)
+        weight.value.const_value = weight.stored(matrix * kept)
+    return model
+
+
+def packed(model: ir.Model) -> int:
+    """Bytes of the file that ``save`` writes to ``.onnx.gz``."""
+    return len(gzip.compress(ir.to_proto(model).SerializeToString(), mtime=0))
+
+
+def row_of(name: str, goal: str, side: str, model: ir.Model, figure: float) -> Row:
+    """The figures of one pruned model."""
+    arrays = [weight.matrix() for weight in find_prunable(model, (), (), Outcome())]
+    zeros = sum(int((array == 0).sum()) for array in arrays) / sum(array.size for array in arrays)
+    return Row(name, goal, side, figure, zeros, packed(model))
+
+
+def stories(quick: bool, console: Console) -> tuple[float, list[Row], list[dict[str, Any]]]:
+    """Nats a token of the dense model, the rows, and the layers' errors."""
+    calibration, judged = samples(16 if quick else 80)
+    calibration = calibration if quick else calibration + more_stories()
+    tokens = sum(sample["input_ids"].size for sample in calibration)
+    console.print(f"{len(calibration)} stories to calibrate on, {tokens} tokens")
+    model = export_causal_lm(stories260k(), check=False)
+    for step in (Cleanup(), FoldConstants()):
+        step(model, PassContext())
+    base = nats(model, judged)
+    rows: list[Row] = []
+    for goal, options in GOALS.items():
+        for side, choice in SIDES.items():
+            if "allocation" in choice and goal == "2:4":
+                choice = {key: value for key, value in choice.items() if key != "allocation"}
+                if side == "the same, shares by effect":
+                    continue
+            feeds = shuffled(calibration) if "shuffled" in side else calibration
+            changed = model.clone()
+            PruneSparse(**options, **choice)(changed, PassContext(feeds=feeds, threads=1))
+            changed = with_random_masks(model, changed) if side == "random mask" else changed
+            rows.append(row_of("stories260k", goal, side, changed, nats(changed, judged) - base))
+            console.print(f"stories260k {goal} {side}: {rows[-1].figure:+.4f} nats a token")
+    return base, rows, list(layers("stories260k", model, calibration[:80], judged))
+
+
+def minilm(console: Console) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Fidelity of MiniLM, and its layers' errors."""
+    from onnxlathe.compiler.export import export
+    from onnxlathe.models.zoo import build
+
+    entry = build("minilm")
+    model = load_model(export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False))
+    for step in (Cleanup(), FoldConstants()):
+        step(model, PassContext())
+    texts = sentences()
+    calibration, judged = batches(texts[:512], 16), batches(texts[512:768], 16)
+    output = model.graph.outputs[0].name or ""
+
+    def embeddings(changed: ir.Model) -> Any:
+        session = open_session(changed, session_options(threads=2))
+        return pooled([run_session(session, sample, [output])[output] for sample in judged], judged)
+
+    reference, rows = embeddings(model), list[Row]()
+    for side in ("magnitude", "SparseGPT", "ADMM + refit, original's outputs"):
+        changed = model.clone()
+        PruneSparse(**SIDES[side])(changed, PassContext(feeds=calibration, threads=2))
+        cosine = float((reference * embeddings(changed)).sum(1).mean())
+        rows.append(row_of("MiniLM", "50 %", side, changed, cosine))
+        console.print(f"MiniLM 50 % {side}: cosine {cosine:.4f}")
+    return rows, list(layers("MiniLM", model, calibration, judged))
+
+
+def layers(name: str, model: ir.Model, calibration: list[Feeds], judged: list[Feeds]) -> Iterator[dict[str, Any]]:
+    """Each layer alone, on the dense model's inputs: errors of three ways to get half of the weights."""
+    weights = find_prunable(model, (), (), Outcome())
+    fit = _moments(model, weights, calibration)
+    judge = _moments(model, weights, judged)
+    for weight in weights:
+        matrix, goal = weight.matrix()[0], Goal(weight.size // 2)
+        seen, unseen = Second(fit[weight]), Second(judge[weight])
+        errors: dict[str, float] = {}
+        for side, method, refitted in (
+            ("SparseGPT", "sparsegpt", False),
+            ("SparseGPT + refit", "sparsegpt", True),
+            ("ADMM + refit", "admm", True),
+        ):
+            errors[side] = loss(matrix, prune(matrix, seen, goal, method, refitted), unseen)  # type: ignore[arg-type]
+        whole = loss(matrix, np.zeros_like(matrix), unseen)
+        yield {"model": name, "weight": weight.name, **{side: figure / whole for side, figure in errors.items()}}
+
+
+def _moments(model: ir.Model, weights: list[Prunable], feeds: list[Feeds]) -> dict[Prunable, Any]:
+    found: dict[Prunable, Moments] = dict(original_moments(model, weights, PassContext(feeds=feeds, threads=2)))
+    return {weight: moments.hessian[0] for weight, moments in found.items() if moments.hessian is not None}
+
+
+def report(base: float, rows: list[Row], errors: list[dict[str, Any]], name: str, console: Console) -> None:
+    """Prints the tables and writes the JSON."""
+    magnitude = {(row.model, row.goal): row.figure for row in rows if row.side == "magnitude"}
+    table = Table("model", "goal", "side", "nats more / cosine", "/ magnitude", "zeros", ".onnx.gz bytes")
+    for row in rows:
+        share = f"{row.figure / magnitude[row.model, row.goal]:.3f}" if row.model == "stories260k" else ""
+        figure, zeros = f"{row.figure:.4f}", f"{row.zeros:.4f}"
+        table.add_row(row.model, row.goal, row.side, figure, share, zeros, str(row.compressed))
+    console.print(f"stories260k, dense: {base:.4f} nats a token")
+    console.print(table)
+    ratios: dict[str, dict[str, float]] = {}
+    for model in dict.fromkeys(item["model"] for item in errors):
+        for other in ("SparseGPT", "SparseGPT + refit"):
+            values = [item["ADMM + refit"] / item[other] for item in errors if item["model"] == model]
+            spread = {"median": float(np.median(values)), "smallest": min(values), "largest": max(values)}
+            ratios[f"{model}, ADMM + refit / {other}"] = spread
+    console.print("layer errors at 50 % on held-out text", ratios)
+    content = {"dense": base, "rows": [dataclasses.asdict(row) for row in rows], "ratios": ratios, "layers": errors}
+    write_result(name, 1, content, set())
+
+
+def main() -> None:
+    """First the one model, then both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    console = Console()
+    name = "pruning_sparse-quick" if options.quick else "pruning_sparse"
+    base, rows, errors = stories(options.quick, console)
+    report(base, rows, errors, name, console)
+    if not options.quick:
+        more, layer_errors = minilm(console)
+        report(base, rows + more, errors + layer_errors, name, console)
+
+
+if __name__ == "__main__":
+    main()
