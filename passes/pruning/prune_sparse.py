@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -137,15 +137,11 @@ class PruneSparse(Pass):
         node, pattern, reason = weight.layers[0].node, self._pattern, ""
         inputs = weight.shape[1] if is_op(node, "Conv") else weight.matrix().shape[-1]
         if self._needs_samples and any(layer.node.graph is not model.graph for layer in weight.layers):
-            reason = (
-                "it lies in the body of an If or Loop, where its inputs cannot be watched: only method='magnitude' "
-            )
-            reason += "without refit works there"
+            reason = "it lies in the body of an If or Loop, where its inputs cannot be watched: there only magnitude "
+            reason += "without refit works"
         elif pattern is not None and inputs % pattern[1]:
             reason = f"its {inputs} inputs are no multiple of {pattern[1]}"
-        elif self.threshold is not None and any(
-            node.metadata_props.get(PASS_KEY) == self.name for node in _nodes(weight)
-        ):
+        elif self.threshold is not None and node.metadata_props.get(PASS_KEY) == self.name:
             reason = "it was pruned before: a threshold is for dense weights"
         if reason:
             outcome.refuse(node, RULE, reason)
@@ -208,11 +204,6 @@ class PruneSparse(Pass):
 
     def _solve(self, target: Array, second: Second, goal: Goal) -> Array:
         return prune(target, second, goal, self.method, self.refit)
-
-
-def _nodes(weight: Prunable) -> Iterator[ir.Node]:
-    for layer in weight.layers:
-        yield layer.node
 
 
 def _has_pattern(weight: Prunable, goal: Goal) -> bool:
