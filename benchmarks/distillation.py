@@ -1,7 +1,7 @@
 """Recovery training of real networks: half the channels, weights of two to four values, half the feed-forward width.
 
     python benchmarks/distillation.py mnist              # digits: about half an hour
-    python benchmarks/distillation.py minilm             # all-MiniLM-L6-v2: half an hour on two cores (--steps 900)
+    python benchmarks/distillation.py minilm             # all-MiniLM-L6-v2: half an hour; --steps 200 takes minutes
     python benchmarks/distillation.py mnist --quick      # one seed, few steps
 
 mnist: shared/data/mnist has 10,000 digits (t10k). 8,000 of them, drawn with seed 0, are trained on, shifted by up to

@@ -62,7 +62,7 @@ class Distill(Pass):
         hard, soft, hidden: weights of the losses above.
         temperature: T of ``soft``.
         distance: ``mse``: squared error over the teacher's square; ``cosine``: 1 - cosine by token.
-        match: further values to match: names that both graphs have, or pairs (name here, name in the teacher).
+        match: further values for ``hidden``: names that both graphs have, or pairs (name here, name in the teacher).
         lr: highest learning rate, relative to the size of each weight.
         held_out: part of the samples that is judged on and not trained on.
         exclude: patterns (``*``) of initializers that are left as they are.
@@ -96,6 +96,8 @@ class Distill(Pass):
             raise ValueError("steps and batch are at least 1, window at least 2")
         if min(self.hard, self.soft, self.hidden) < 0 or self.temperature <= 0 or self.lr <= 0:
             raise ValueError("weights of losses are not negative, temperature and lr are positive")
+        if self.match and not self.hidden:
+            raise ValueError("match needs a weight: give hidden=...")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out lies between 0 and 1, not {self.held_out}")
 

@@ -272,8 +272,9 @@ def test_data_that_do_not_fit(data: Any, says: str) -> None:
 
 
 def test_options_that_cannot_be() -> None:
-    for options in ({"steps": 0}, {"lr": 0.0}, {"soft": -1.0}, {"temperature": 0.0}, {"held_out": 1.0}):
-        with pytest.raises(ValueError, match=r"at least|positive|between|negative"):
+    wrong = ({"steps": 0}, {"lr": 0.0}, {"soft": -1.0}, {"temperature": 0.0}, {"held_out": 1.0}, {"match": ("r",)})
+    for options in wrong:
+        with pytest.raises(ValueError, match=r"at least|positive|between|negative|needs a weight"):
             Distill(**options)  # type: ignore[arg-type]
     with pytest.raises(PassError, match="no folder for the checkpoint"):
         distill(classifier(), classifier(), data=batches(), checkpoint="nowhere/state")
@@ -288,8 +289,8 @@ def test_options_that_cannot_be() -> None:
 
 
 def test_by_name_with_options() -> None:
-    step = make_pass("distill", teacher="model.onnx", steps=3, lr=1, match=("r",), data="samples.npz")
-    assert step == Distill(teacher="model.onnx", steps=3, lr=1, match=("r",), data="samples.npz")
+    step = make_pass("distill", teacher="model.onnx", steps=3, lr=1, exclude=("r",), data="samples.npz")
+    assert step == Distill(teacher="model.onnx", steps=3, lr=1, exclude=("r",), data="samples.npz")
     with pytest.raises(PassError, match="cannot be 'much'"):
         make_pass("distill", soft="much")
 
