@@ -38,15 +38,25 @@ def exported(name: str) -> Any:
     return lathe.compile(model, "basic", verify=False, progress=False).model
 
 
-def workers(folder: Path, seconds: float, ray: bool) -> dict[str, float]:
-    """Throughput over that of one worker with one thread."""
+def workers(folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
+    """Throughput over that of one session with one thread, by model."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 100, (64, 128))
+    pixels = {"pixels": rng.standard_normal((1000, 784)).astype(np.float32)}
+    tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {
+        "mlp-784, 1000 rows": _workers("mlp-784", pixels, folder, seconds / 2, ray),
+        "encoder, 64 x 128": _workers("encoder", tokens, folder, seconds / 2, ray),
+    }
+
+
+def _workers(name: str, batch: dict[str, np.ndarray], folder: Path, seconds: float, ray: bool) -> dict[str, float]:
     import onnxlathe as lathe
-    from onnxlathe.distributed import DataParallel, best_setting
     from onnxlathe.runtime.artifact import save
     from onnxlathe.runtime.benchmark import interleaved
+    from onnxlathe.runtime.distributed import DataParallel, best_setting
 
-    path = save(exported("mlp-784"), folder / "mlp.onnx")
-    batch = {"pixels": np.random.default_rng(0).standard_normal((1000, 784)).astype(np.float32)}
+    path = save(exported(name), folder / f"{name}.onnx")
     one = lathe.Session(path, threads=1)
     sides: dict[str, Any] = {
         "1 session, 1 thread": functools.partial(one.run, batch),
@@ -61,7 +71,7 @@ def workers(folder: Path, seconds: float, ray: bool) -> dict[str, float]:
     for parallel in open_ones:
         parallel.close()
     found = {name: times[0] / seconds for name, seconds in zip(sides, times, strict=True)}
-    print(f"best setting (workers, threads): {best_setting(path, batch, seconds / 4)}")
+    print(f"{name}: best setting (workers, threads): {best_setting(path, batch, seconds / 4)}")
     return found
 
 

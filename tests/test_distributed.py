@@ -134,7 +134,7 @@ class Flaky:
 
 def test_rows_of_a_dead_worker_run_once_on_another(file: Path) -> None:
     with DataParallel(file, 2, engine="threads") as parallel:
-        parallel.workers = flaky = Flaky(parallel.workers, [2, 10**6])
+        parallel.workers = flaky = Flaky(parallel.workers, [1, 10**6])
         np.testing.assert_array_equal(parallel.run(rows(10_000))["row"], np.arange(10_000))
         assert flaky.restarts >= 1
         parallel.workers = Flaky(flaky.inner, [10**6, 10**6], poison=77.0)

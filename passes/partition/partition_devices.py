@@ -56,20 +56,21 @@ class PartitionDevices(Pass):
     gate: ClassVar[Gate] = "off"
 
     devices: tuple[str, ...] = ("cpu", "cuda")
-    machines: Mapping[str, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    machines: Mapping[str, tuple[float, float, float]] | tuple[()] = ()
     links: float = 20e9
     latency: float = 10e-6
-    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, int] | tuple[()] = ()
     cost: CostModel = "measured"
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        asked = {**dataclasses.asdict(self), "devices": list(self.devices)}
-        asked["machines"] = {name: list(numbers) for name, numbers in self.machines.items()}
+        machines, memory = dict(self.machines), dict(self.memory)
+        asked = {**dataclasses.asdict(self), "devices": list(self.devices), "memory": memory}
+        asked["machines"] = {name: list(numbers) for name, numbers in machines.items()}
         options = self._options()
         if is_placed(model, "devices", asked):
             return outcome
-        missing = [name for name in self.devices[1:] if name not in self.machines]
+        missing = [name for name in self.devices[1:] if name not in machines]
         if missing or self.devices[:1] != ("cpu",) or len(set(self.devices)) < 2:
             raise PlanError(
                 f"The devices {list(self.devices)} cannot be planned for: constants of {missing or 'cpu'} are missing.",
@@ -81,7 +82,7 @@ class PartitionDevices(Pass):
         assigned = find_devices(problem)
         if assigned is None:
             raise PlanError(
-                f"The weights do not fit: {_needed(problem)} bytes, and there is room for {dict(self.memory)}.",
+                f"The weights do not fit: {_needed(problem)} bytes, and there is room for {memory}.",
                 "Give more memory, or quantize the weights first.",
             )
         self._write(model, groups, assigned, outcome)
@@ -123,7 +124,8 @@ class PartitionDevices(Pass):
             tensors.append(
                 (0, frozenset(readers), self.latency + costs.input_bytes.get(value.name or "", 0) / self.links)
             )
-        caps = [float(self.memory.get(name, math.inf)) for name in self.devices]
+        memory = dict(self.memory)
+        caps = [float(memory.get(name, math.inf)) for name in self.devices]
         return DeviceProblem(seconds, weights, tensors, caps)
 
     def _seconds(self, node: ir.Node, index: int, costs: GraphCosts, device: str) -> float:
@@ -132,7 +134,7 @@ class PartitionDevices(Pass):
         if _is_about_shapes(costs, index) or (device == "cuda" and not has_cuda_kernel(node)):
             return math.inf
         seen: NodeProfile = costs.profiles[index]
-        return Machine(*self.machines[device]).seconds(flops(node, seen), traffic(seen, costs.weights[index]))
+        return Machine(*dict(self.machines)[device]).seconds(flops(node, seen), traffic(seen, costs.weights[index]))
 
     def _write(self, model: ir.Model, groups: Sequence[int], assigned: Sequence[int], outcome: Outcome) -> None:
         plan = ir.ModelConfiguration(self.name, len(self.devices), tuple(self.devices))

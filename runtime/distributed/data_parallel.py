@@ -23,7 +23,7 @@ from .workers import Engine, Feeds, RayWorkers, ThreadWorkers, WorkerDied, Worke
 
 Array = np.ndarray[Any, Any]
 _AHEAD = 2  # shards a worker has at once: the next one waits where it is needed
-_SHARDS = 4  # shards of a batch for each worker, so that a slow one does not hold up the rest
+_SHARDS = 2  # shards of a batch for each worker, so that a slow one does not hold up the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,9 @@ class DataParallel:
             ModelError: wrong inputs, a model without a batch dim, or a failure inside ONNX Runtime.
             RuntimeUnavailable: workers died twice on the same rows.
         """
-        check_feeds(self.inputs, inputs, "the inputs of run()")
         names = batch_inputs(self.inputs)
+        if not set(names) <= set(inputs):
+            check_feeds(self.inputs, inputs, "the inputs of run()")  # says which are missing
         rows = count_rows(inputs, names)
         sizes = even_sizes(rows, self.workers.count * _SHARDS)
         results: list[dict[str, Array]] = []

@@ -107,7 +107,7 @@ class Service:
         body = await self._body(request)
         if path == "/predict":
             return await self._predict(body)
-        tokens = self._generate(body)
+        tokens = self._generate(self._prompt(body), self._options(body))
         if body.get("stream", False):
             return (json.dumps(item) + "\n" async for item in tokens)
         items = [item async for item in tokens]
@@ -155,9 +155,8 @@ class Service:
         results = await asyncio.wrap_future(done)
         return {"outputs": {name: array.tolist() for name, array in results.items()}}
 
-    async def _generate(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _generate(self, prompt: list[int], options: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """One ``{"token", "text"}`` a token, then the rest of the text; or ``{"error"}``."""
-        prompt, options = self._prompt(body), self._options(body)
         stream = TextStream(self._tokenizer) if self._tokenizer is not None else None
         items: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
         gone = threading.Event()
