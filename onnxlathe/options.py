@@ -1,0 +1,30 @@
+"""Arguments and options that several commands share, and how long work shows that it goes on."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[Path, typer.Argument(help="an .onnx file", show_default=False)]
+Output = Annotated[Path, typer.Option("-o", "--output", help="the .onnx file to write", show_default=False)]
+Device = Annotated[str, typer.Option("--target", help="cpu, cuda or auto")]
+Threads = Annotated[int, typer.Option(min=0, help="intra-op threads, 0 for ONNX Runtime's default")]
+Samples = Annotated[
+    Path | None, typer.Option("--samples", help=".npz file (input name -> array) or a folder of them; else made")
+]
+
+
+@functools.cache
+def console() -> Any:
+    """What goes to stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def status(text: str) -> Any:
+    """A line that moves while the block under it runs."""
+    return console().status(text)
