@@ -111,7 +111,7 @@ def test_parts_are_measured() -> None:
     sample = make_feeds(model, 0, 1, {"n": 64})[0]
     seconds, whole = part_times(model, modules, sample, PassContext(threads=1), "test")
     assert all((np.diff(row) <= 0).all() and 0 < row[-1] < 0.7 * row[0] for row in seconds)
-    assert 0.4 * whole < sum(row[0] for row in seconds) < 2.5 * whole
+    assert 0.2 * whole < sum(row[0] for row in seconds) < 5 * whole
     sizes, total = part_bytes(model, modules, "test")
     for module, row in zip(modules, sizes, strict=True):
         small = shrunk(model, {module.name: module.counts[3]}, {}, "test")

@@ -10,14 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.base import Feeds, PassContext
-from ...compiler.graph import Array, constant, is_op, producer, rank, remove_dead, weight_bytes
+from ...compiler.graph import PASS_KEY, Array, constant, is_op, producer, rank, remove_dead, weight_bytes
 from ...compiler.kept_caches import KeptCaches
 from ...compiler.padding import cache_names
 from ...runtime.benchmark import interleaved
 from ...runtime.inference import expose, open_session, run_session, session_options
 from ..output_effect import OutputEffect
 from ..streams import PATIENT, reads
-from .blocks import Half
+from .blocks import Half, residual_stream, runs
+from .bypass import bypass
 from .coupling import Dimension
 from .coupling_rules import coupling_of
 from .cut import cut
@@ -62,7 +63,7 @@ def modules_of(found: Sequence[Dimension], halves: Sequence[Half], multiple: int
         if item.kind == "heads":
             counts = list(range(count))
         else:
-            counts = sorted({0, *(removed(item, 1 - kept, multiple) for kept in _KEPT)})
+            counts = sorted({0, *(removed(item, 1 - kept, multiple) for kept in _KEPT if count * kept >= 1)})
         modules.append(Module(item, half, tuple(counts if half is None else [*counts, count])))
     return modules
 
@@ -88,10 +89,7 @@ def shrunk(
         caches: names of inputs and outputs of a part that are caches of the whole model.
     """
     copy = model.clone()
-    nodes = {node.name: node for node in copy.graph}
-    for half in silent.values():
-        if half.add.name in nodes and is_op(half.add, "Add"):
-            silence(nodes[half.add.name], half, by)
+    leave_bias(copy, list(silent.values()), by)
     remove_dead(copy)
     coupling = coupling_of(copy, caches)
     gone = [d.units[: counts[d.name]] for d in coupling.dimensions() if counts.get(d.name) and d.name not in silent]
@@ -100,22 +98,32 @@ def shrunk(
     return copy
 
 
-def silence(add: ir.Node, half: Half, by: str) -> None:
-    """Puts the constant that a branch gives without its units, its bias, in the place of the branch.
+def leave_bias(model: ir.Model, silent: Sequence[Half], by: str) -> None:
+    """Leaves of branches only the constant that they give without their units, their bias.
 
     Args:
-        add: the Add of the branch, in the graph at hand.
-        half: the branch; it may be of another copy of the graph.
+        model: changed in place; caches stay.
+        silent: the branches, of this model or of another copy of it.
         by: name of the pass.
     """
-    index = next(n for n, value in enumerate(add.inputs) if value is not None and value.name == half.branch.name)
-    branch, stream = add.inputs[index], add.inputs[1 - index]
-    node = producer(branch)
-    bias = next((value for value in node.inputs if rank(value) == 1), None) if node is not None else None
-    if bias is not None:
-        add.replace_input_with(index, bias)
-    elif stream is not None:
-        add.outputs[0].replace_all_uses_with(stream)
+    nodes = {node.name: node for node in model.graph}
+    fused: set[str | None] = set()
+    for half in silent:
+        add = nodes.get(half.add.name)
+        if add is None or not is_op(add, "Add"):
+            fused.add(half.add.name)
+            continue
+        index = next(n for n, value in enumerate(add.inputs) if value is not None and value.name == half.branch.name)
+        branch, stream = producer(add.inputs[index]), add.inputs[1 - index]
+        bias = next((value for value in branch.inputs if rank(value) == 1), None) if branch is not None else None
+        if bias is not None:
+            add.replace_input_with(index, bias)
+            add.metadata_props[PASS_KEY] = by
+        elif stream is not None:
+            add.outputs[0].replace_all_uses_with(stream)
+    halves = residual_stream(model) if fused else []
+    for run in list(runs(halves, {half for half in halves if half.add.name in fused})):
+        bypass(model, run, by)
 
 
 class Losses:

@@ -22,7 +22,8 @@ from ...compiler.graph import (
 )
 from ...compiler.kept_caches import KeptCaches
 from .coupling import Coupling, Reader, kept_indices
-from .moving_rules import gathered, sliced, target_parts
+from .moving_rules import gathered
+from .shape_operands import sliced, target_parts
 
 _HEAD_COUNTS = ("num_heads", "kv_num_heads", "q_num_heads")
 Kept = dict[tuple[ir.Value, Reader | None], dict[int, Array]]

@@ -7,33 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.graph import Array, attribute, constant, dims, integers, is_op, producer
+from ...compiler.graph import Array, attribute, constant, integers, is_op
 from ..symbolic import ONE, Dim, Dims, divide, multiply, squeezed_axes
 from .coupling import Coupling, Place
-
-_SHAPE_MOVES = ("Slice", "Gather", "Squeeze", "Unsqueeze", "Concat", "Cast", "Identity", "Reshape")
-_SHAPE_READERS = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer that nobody can override."""
-    return value is not None and value.is_initializer() and not value.is_graph_input()
-
-
-def target_parts(value: ir.Value | None) -> list[tuple[ir.Value, int]] | None:
-    """A shape operand as the 1-D tensors it is joined of, each with its position; None if it cannot be rewritten."""
-    node = producer(value)
-    if value is None or (node is None and not is_constant(value)):
-        return None
-    parts: list[tuple[ir.Value, int]] = []
-    position = 0
-    for part in [value] if node is None or not is_op(node, "Concat") else node.inputs:
-        length = (dims(part) or [None])[0]
-        if part is None or not isinstance(length, int):
-            return None
-        parts.append((part, position))
-        position += length
-    return parts
+from .shape_operands import is_constant, only_shapes, size_origin, sliced, target_parts
 
 
 def _transpose(c: Coupling, node: ir.Node) -> None:
@@ -126,7 +103,7 @@ def _shape_operand(c: Coupling, node: ir.Node, out: Place) -> None:
         numbers = integers(part[0]) if part is not None else None
         if part is not None and numbers is not None:
             continue
-        source = _origin(*(part[0], axis - part[1])) if part is not None else _origin(node.inputs[1], axis)
+        source = size_origin(*(part[0], axis - part[1])) if part is not None else size_origin(node.inputs[1], axis)
         if source is None:
             c.freeze(elements, f"{node.op_type} {node.name} is told its size in a way that is not known")
             continue
@@ -134,55 +111,14 @@ def _shape_operand(c: Coupling, node: ir.Node, out: Place) -> None:
         c.link_axes(place, source[1], out, axis)
 
 
-def _origin(value: ir.Value | None, position: int) -> tuple[ir.Value, int] | None:
-    """The tensor and axis whose size is the number at ``position`` of ``value``; None if that is not how it is made."""
-    node = producer(value)
-    if node is None:
-        return None
-    x = node.inputs[0]
-    if is_op(node, "Shape"):
-        start = attribute(node, "start", 0)
-        return (x, start + position) if x is not None and start >= 0 else None
-    if is_op(node, "Squeeze", "Unsqueeze", "Cast", "Identity"):
-        return _origin(x, position)
-    if is_op(node, "Reshape"):
-        return _origin(x, position) if x is not None and x.shape is not None and x.shape.numpy() == (1,) else None
-    if is_op(node, "Gather"):
-        indices = integers(node.inputs[1])
-        return _origin(x, indices[position]) if indices is not None and min(indices) >= 0 else None
-    length = (dims(x) or [None])[0]
-    if is_op(node, "Slice") and isinstance(length, int):
-        bounds = sliced(node, [length])
-        return _origin(x, bounds[0][0] + position) if bounds is not None and bounds[0][2] == 1 else None
-    if is_op(node, "Concat"):
-        for part, begin in reversed(target_parts(value) or []):
-            if begin <= position:
-                return _origin(part, position - begin)
-    return None
-
-
 def _shape(c: Coupling, node: ir.Node) -> None:
     """The sizes that are read may go into other shapes and nowhere else."""
     x = c.operand(node, 0)
-    if x is None or _only_shapes(node.outputs[0]):
+    if x is None or only_shapes(node.outputs[0]):
         return
     start, end = attribute(node, "start", 0), attribute(node, "end")
     for axis in list(range(x.rank))[start:end]:
         c.freeze_axis(x, axis, f"Shape {node.name} reads its size for more than shapes")
-
-
-def _only_shapes(value: ir.Value) -> bool:
-    if value.is_graph_output():
-        return False
-    for use in value.uses():
-        if _SHAPE_READERS.get(use.node.op_type) == use.idx and not use.node.domain:
-            continue
-        if is_op(use.node, *_SHAPE_MOVES) and (use.idx == 0 or is_op(use.node, "Concat")):
-            if not _only_shapes(use.node.outputs[0]):
-                return False
-            continue
-        return False
-    return True
 
 
 def _constant_of_shape(c: Coupling, node: ir.Node) -> None:
@@ -266,36 +202,6 @@ def _concat(c: Coupling, node: ir.Node) -> None:
         else:
             c.link(c.elements(x, axis), elements[start : start + size])
         start += size
-
-
-def sliced(node: ir.Node, sizes: list[int | None]) -> dict[int, tuple[int, int, int]] | None:
-    """(start, end, step) of each axis that a Slice with constant bounds cuts; None if they are not constant.
-
-    Args:
-        node: the Slice, opset 10 or newer.
-        sizes: sizes of the axes, None where unknown.
-    """
-    if len(node.inputs) < 3:
-        return None
-    given = [integers(value) if value is not None else None for value in node.inputs[1:]]
-    starts, ends = given[0], given[1]
-    if len(node.inputs) > 3 and node.inputs[3] is not None and given[2] is None:
-        return None
-    axes = given[2] if len(given) > 2 and given[2] is not None else list(range(len(sizes)))
-    steps = given[3] if len(given) > 3 and given[3] is not None else None
-    if len(node.inputs) > 4 and node.inputs[4] is not None and steps is None:
-        return None
-    found: dict[int, tuple[int, int, int]] = {}
-    for number, axis in enumerate(axes):
-        size = sizes[axis % len(sizes)]
-        if size is None:
-            found[axis % len(sizes)] = (0, 0, 0)
-            continue
-        if starts is None or ends is None:
-            return None
-        start, end, _ = slice(starts[number], ends[number]).indices(size)
-        found[axis % len(sizes)] = (start, end, steps[number] if steps is not None else 1)
-    return found
 
 
 def _slice(c: Coupling, node: ir.Node) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...compiler.base import Claim, Feeds, Gate, Outcome, Pass, PassContext
 from ...compiler.budget import Budget, split
-from ...compiler.graph import Array, is_op, remove_dead, weight_bytes
+from ...compiler.graph import Array, remove_dead, weight_bytes
 from ...runtime.errors import PassError
 from ...runtime.feeds import make_feeds
 from ...runtime.inference import open_session, run_session, session_options
@@ -20,8 +20,8 @@ from ..mixed_precision import solve
 from ..output_effect import OutputEffect
 from ..streams import PATIENT
 from .blocks import Half, residual_stream
-from .bypass import bypass, drop_caches
-from .choices import Losses, Module, modules_of, part_bytes, part_times, shrunk, silence
+from .bypass import drop_caches
+from .choices import Losses, Module, leave_bias, modules_of, part_bytes, part_times, shrunk
 from .coupling_rules import coupling_of
 from .cut import cut, drop_unused
 from .fit import refit
@@ -32,7 +32,7 @@ from .statistics import needs_samples
 
 _TRIES = 3
 _EXACT = 0.01
-_BACK = (0.75, 0.5, 0.25)
+_SHARES = (1.0, 0.75, 0.5, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +89,23 @@ class PruneAdaptive(Pass):
             held = list(self.quality.samples or part)  # type: ignore[arg-type]
             context = context if self.quality.samples else dataclasses.replace(context, feeds=rest)
         plan = _Plan(model, modules_of(found, residual_stream(model), self.multiple), self, context)
-        picked = plan.solve(1.0)
-        result, lines = plan.applied(picked)
-        if self.quality is not None:
-            for share in (*_BACK, 0.0):
-                loss = _loss(self.quality, model, result, held, context)
-                if loss <= self.quality.limit:
-                    lines.append(f"on samples kept away: {self.quality.say(loss)}")
-                    break
-                outcome.notes.append(f"{plan.words(picked)}: {self.quality.say(loss)}, too much: less goes")
-                if not share:
-                    outcome.refuse(found[0].makers[0], "choice", "no choice keeps the quality asked for")
-                    return outcome
-                picked = plan.solve(share)
-                result, lines = plan.applied(picked)
+        picked: list[int] = []
+        result, lines = model, list[str]()
+        for share in _SHARES:
+            picked = plan.solve(share)
+            result, lines = plan.applied(picked)
+            if self.quality is None:
+                break
+            loss = _loss(self.quality, model, result, held, context)
+            if loss <= self.quality.limit:
+                lines.append(f"on samples kept away: {self.quality.say(loss)}")
+                break
+            outcome.notes.append(f"{plan.words(picked)}: {self.quality.say(loss)}, too much")
+        else:
+            outcome.refuse(found[0].makers[0], "choice", "no choice tried keeps the quality asked for")
+            return outcome
+        if not any(picked):
+            return outcome
         outcome.notes += lines
         for module, option in zip(plan.modules, picked, strict=True):
             if option:
@@ -195,11 +198,7 @@ class _Plan:
         fits = refit(copy, consumers, np.concatenate([*gone, np.zeros(0, np.int64)]), self._context, self._step.name)
         real_loss = self._effect(copy)
         cut(coupling, np.concatenate([*cuts, np.zeros(0, np.int64)]), self._step.name)
-        for half in silent:
-            if is_op(half.add, "Add"):
-                silence(half.add, half, self._step.name)
-            else:
-                bypass(copy, [half], self._step.name)
+        leave_bias(copy, silent, self._step.name)
         drop_caches(copy, silent)
         remove_dead(copy)
         for value in list(copy.graph.initializers.values()):
