@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from .metrics import Distance
+from .padding import results_of_tokens
 
 Array = np.ndarray[Any, Any]
 Results = Sequence[Mapping[str, Array]]
@@ -64,9 +65,13 @@ class Budget:
         return -self.max_drop if self.metric == "sqnr" else self.max_drop
 
     def loss(self, samples: Results, exact: Results, got: Results) -> float:
-        """How much is lost: the metric, smaller is better (for ``sqnr`` the negative dB)."""
+        """How much is lost: the metric, smaller is better (for ``sqnr`` the negative dB). Padding does not count."""
         if callable(self.metric):
             return float(self.metric(samples, exact)) - float(self.metric(samples, got))
+        exact, got = (
+            [results_of_tokens(sample, result) for sample, result in zip(samples, results, strict=True)]
+            for results in (exact, got)
+        )
         floats = [name for name in exact[0] if exact[0][name].dtype.kind == "f"] if exact else []
         return max((self._loss_of(name, exact, got) for name in floats), default=0.0)
 

@@ -140,7 +140,7 @@ def test_metrics_against_numpy() -> None:
         "kl": (p * np.log(p / q)).sum(-1).mean(),
     }
     for metric, value in expected.items():
-        assert Budget(metric, 0.1).loss([], exact, got) == pytest.approx(value, rel=1e-6)  # type: ignore[arg-type]
+        assert Budget(metric, 0.1).loss([{}] * len(exact), exact, got) == pytest.approx(value, rel=1e-6)  # type: ignore[arg-type]
 
 
 def test_the_split_is_seeded_and_disjoint() -> None:
