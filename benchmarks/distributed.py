@@ -2,8 +2,8 @@
 
     python benchmarks/distributed.py [--only workers stages ranks plan]
 
-* workers: batches through 1 worker with 1 thread, 2 workers, 1 session with 2 threads, one default session, in turns
-  (threads that share a session; with --ray also Ray actors);
+* workers: batches through one session with one thread, one default session, 2 workers with a thread each, in turns
+  (workers are threads that share a session; with --ray also Ray actors);
 * stages: bottleneck over its proven bound for k = 2..8 on the models of ``models/``, and a pipeline's bubble;
 * ranks: the part of a run that exchanges take;
 * plan: a decoder's measured step over the bound that ``onnxlathe plan`` gives for this machine's bandwidth.
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from harness import write_result
 
 SMALL = ("mlp-784", "convnet", "inception", "densenet", "nas-cells", "unet", "mobilenet", "encoder", "stories260k")
+ROUNDS = 5
 
 
 def exported(name: str) -> Any:
@@ -41,38 +43,64 @@ def exported(name: str) -> Any:
 def workers(folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
     """Throughput over that of one session with one thread, by model."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(1, 100, (64, 128))
     pixels = {"pixels": rng.standard_normal((1000, 784)).astype(np.float32)}
-    tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    batches = {
+        ("mlp-784", "1000 rows"): pixels,
+        ("encoder", "64 x 128"): _tokens(rng, 100, (64, 128)),
+        ("minilm", "32 sentences of 16"): _tokens(rng, 30_000, (32, 16)),
+        ("minilm", "2 sentences of 16"): _tokens(rng, 30_000, (2, 16)),
+    }
     return {
-        "mlp-784, 1000 rows": _workers("mlp-784", pixels, folder, seconds / 2, ray),
-        "encoder, 64 x 128": _workers("encoder", tokens, folder, seconds / 2, ray),
+        f"{name}, {size}": _workers(name, batch, folder, seconds / len(batches), ray)
+        for (name, size), batch in batches.items()
     }
 
 
-def _workers(name: str, batch: dict[str, np.ndarray], folder: Path, seconds: float, ray: bool) -> dict[str, float]:
+def _tokens(rng: np.random.Generator, most: int, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    ids = rng.integers(1, most, shape)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def _workers(name: str, batch: dict[str, np.ndarray], folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
+    """Every side is opened for its turn and closed after it: idle sessions' threads would take its cores."""
     import onnxlathe as lathe
     from onnxlathe.runtime.artifact import save
-    from onnxlathe.runtime.benchmark import interleaved
     from onnxlathe.runtime.distributed import DataParallel, best_setting
 
-    path = save(exported(name), folder / f"{name}.onnx")
-    one = lathe.Session(path, threads=1)
-    sides: dict[str, Any] = {
-        "1 session, 1 thread": functools.partial(one.run, batch),
-        "1 session, default threads": functools.partial(lathe.Session(path).run, batch),
+    path = folder / f"{name}.onnx"
+    if not path.exists():
+        save(exported(name), path)
+    sides: dict[str, Callable[[], Any]] = {
+        "1 session, 1 thread": lambda: lathe.Session(path, threads=1),
+        "1 session, default threads": lambda: lathe.Session(path),
+        "2 workers, threads": lambda: DataParallel(path, 2, engine="threads"),
     }
-    open_ones: list[DataParallel] = []
-    for engine in ("threads", "ray") if ray else ("threads",):
-        for count in (1, 2):
-            open_ones.append(DataParallel(path, count, engine=engine))  # type: ignore[arg-type]
-            sides[f"{count} workers, {engine}"] = functools.partial(open_ones[-1].run, batch)
-    times = [timing.median for timing in interleaved(list(sides.values()), budget=seconds)]
-    for parallel in open_ones:
-        parallel.close()
-    found = {name: times[0] / seconds for name, seconds in zip(sides, times, strict=True)}
-    print(f"{name}: best setting (workers, threads): {best_setting(path, batch, seconds / 4)}")
-    return found
+    if ray:
+        sides["2 workers, ray"] = lambda: DataParallel(path, 2, engine="ray")
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(ROUNDS):
+        for side, make in sides.items():
+            times[side].append(_median(make(), batch, seconds / ROUNDS / len(sides)))
+    base = times["1 session, 1 thread"]
+    ratios = {
+        side: statistics.median(one / other for one, other in zip(base, found, strict=True))
+        for side, found in times.items()
+    }
+    return {**ratios, "best setting (workers, threads)": best_setting(path, batch, seconds / 4)}
+
+
+def _median(model: Any, batch: dict[str, np.ndarray], seconds: float) -> float:
+    for _ in range(3):
+        model.run(batch)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        start = time.perf_counter()
+        model.run(batch)
+        times.append(time.perf_counter() - start)
+    if hasattr(model, "close"):
+        model.close()
+    return statistics.median(times)
 
 
 def stages(folder: Path) -> dict[str, Any]:
