@@ -232,12 +232,17 @@ def minilm(options: argparse.Namespace) -> None:
             return [next(iter(run_session(session, sample).values())) for sample in judged]
 
         reference = results(teacher)
-        student, prune = teacher.clone(), PruneAdaptive(speedup=1.5, sizes={"batch": 1, "sequence": 128})
         context = PassContext(feeds=batches(known[:CALIBRATION_SENTENCES], 16), threads=options.threads)
-        pruned = prune(student, context)
+        path, notes = folder / "pruned.onnx", folder / "pruned.txt"
+        if not path.exists():
+            student = teacher.clone()
+            outcome = PruneAdaptive(speedup=1.5, sizes={"batch": 1, "sequence": 128})(student, context)
+            save(student, path)
+            notes.write_text("\n".join(outcome.notes))
+        student = load_model(path)
+        infer_shapes(student)
         before = fidelity(reference, results(student), judged)
-        print("pruned:", *pruned.notes, before, sep="\n", flush=True)
-        save(student, folder / "pruned.onnx")
+        print("pruned:", notes.read_text(), before, sep="\n", flush=True)
         picked = sorted(known[: steps * rows], key=len)  # little padding in a batch; the order of batches is drawn
         began = time.monotonic()
         with Console(stderr=True).status("training") as status:
@@ -247,6 +252,7 @@ def minilm(options: argparse.Namespace) -> None:
             outcome = step(student, PassContext(threads=options.threads, progress=status.update))
         minutes = (time.monotonic() - began) / 60
         save(student, folder / "distilled.onnx")
+        told = notes.read_text().splitlines()
     after = fidelity(reference, results(student), judged)
     table = Table("", *before, title=f"MiniLM, pruned for 1.5 x the speed, {steps} steps, {minutes:.1f} minutes")
     table.add_row("pruned", *(f"{value:.4f}" for value in before.values()))
@@ -258,7 +264,7 @@ def minilm(options: argparse.Namespace) -> None:
         "steps": steps,
         "minutes": minutes,
         "sentences": len(picked),
-        "notes": [*pruned.notes, *outcome.notes],
+        "notes": [*told, *outcome.notes],
     }
     print(write_result("distillation_minilm", options.threads, content, set()))
 
@@ -270,7 +276,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="updates; the default is said above")
     parser.add_argument("--lr", type=float, help="relative learning rate")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="minilm: keep the models here")
+    parser.add_argument("--folder", type=Path, help="minilm: keep the models here; a pruned one that is there is used")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     mnist(options) if options.what == "mnist" else minilm(options)

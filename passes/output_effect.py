@@ -37,7 +37,7 @@ class OutputEffect:
         self._threads = threads
         self.output, self.is_logits = _compared_output(model)
         self._samples: list[tuple[Feeds, np.ndarray]] = []
-        session = open_session(model, session_options(threads=threads, ort_config=PATIENT), device)
+        session = open_session(model, session_options(threads=threads, repack=False, ort_config=PATIENT), device)
         room = _MOST_NUMBERS
         for sample in feeds:
             rows = self._rows(run_session(session, sample, [self.output])[self.output], sample)
@@ -48,7 +48,7 @@ class OutputEffect:
 
     def __call__(self, model: ir.Model, entries: Mapping[str, str] | None = None) -> float:
         """The figure for ``model``, run with the session options ``entries``; infinite where it is not a number."""
-        config = {"config_entries": {**PATIENT["config_entries"], **(entries or {})}}
+        config = {"config_entries": {**PATIENT["config_entries"], **(entries or {})}, "memory_arena": False}
         session = open_session(model, session_options(threads=self._threads, ort_config=config), self._device)
         return self.of_outputs(run_session(session, sample, [self.output])[self.output] for sample in self.samples)
 
