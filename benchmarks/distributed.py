@@ -49,6 +49,7 @@ def workers(folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
         ("encoder", "64 x 128"): _tokens(rng, 100, (64, 128)),
         ("minilm", "32 sentences of 16"): _tokens(rng, 30_000, (32, 16)),
         ("minilm", "2 sentences of 16"): _tokens(rng, 30_000, (2, 16)),
+        ("llama-135m", "a token for 8 rows after 128"): _step(rng, 8, 128),
     }
     return {
         f"{name}, {size}": _workers(name, batch, folder, seconds / len(batches), ray)
@@ -59,6 +60,18 @@ def workers(folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
 def _tokens(rng: np.random.Generator, most: int, shape: tuple[int, int]) -> dict[str, np.ndarray]:
     ids = rng.integers(1, most, shape)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def _step(rng: np.random.Generator, rows: int, past: int) -> dict[str, np.ndarray]:
+    """One decoding step of the 135M Llama."""
+    caches = {
+        f"past_key_values.{layer}.{kind}": rng.standard_normal((rows, 3, past, 64)).astype(np.float32)
+        for layer in range(30)
+        for kind in ("key", "value")
+    }
+    ids = rng.integers(3, 40_000, (rows, 1))
+    mask, positions = np.ones((rows, past + 1), np.int64), np.full((rows, 1), past)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **caches}
 
 
 def _workers(name: str, batch: dict[str, np.ndarray], folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
@@ -220,7 +233,8 @@ def main() -> None:
             content["plan"] = plan_error()
     for name, figures in content.items():
         print(name, figures)
-    print(write_result("distributed", 1, content, set()))
+    name = "distributed" if options.only == choices else f"distributed_{'_'.join(options.only)}"
+    print(write_result(name, 1, content, set()))
 
 
 if __name__ == "__main__":
