@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import queue
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +25,7 @@ from .workers import Engine, Feeds, RayWorkers, ThreadWorkers, WorkerDied, Worke
 
 Array = np.ndarray[Any, Any]
 _AHEAD = 2  # shards a worker has at once: the next one waits where it is needed
+_ROUNDS = 3  # of best_setting
 _SHARDS = 2  # shards of a batch for each worker, so that a slow one does not hold up the rest
 
 
@@ -293,15 +296,15 @@ def best_setting(
     Args:
         artifact: path of a ``.onnx`` file.
         inputs: a batch.
-        seconds: about how long to measure.
+        seconds: about how long to measure, opening not counted.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = [(cores // threads, threads) for threads in range(1, cores + 1) if cores % threads == 0]
-    parallel = [DataParallel(artifact, workers, threads=threads, engine="threads") for workers, threads in settings]
-    try:
-        runs = [lambda model=model: model.run(inputs) for model in parallel]
-        times = [timing.median for timing in interleaved(runs, budget=seconds)]
-    finally:
-        for model in parallel:
-            model.close()
-    return settings[times.index(min(times))]
+    times: dict[tuple[int, int], list[float]] = {setting: [] for setting in settings}
+    for _ in range(_ROUNDS):
+        for workers, threads in settings:  # one open at a time: idle sessions' threads would take its cores
+            with DataParallel(artifact, workers, threads=threads, engine="threads") as parallel:
+                budget = seconds / _ROUNDS / len(settings)
+                timing = interleaved([functools.partial(parallel.run, inputs)], budget=budget)[0]
+            times[workers, threads].append(timing.median)
+    return min(settings, key=lambda setting: statistics.median(times[setting]))
