@@ -220,9 +220,8 @@ class _Inserter:
         array = constant(bias, limit=1 << 20)
         width = (dims(weight.floats) or [0])[-1]
         if array is None or bias is None or array.size != width or array.shape[-1] != width or add is None:
-            add = bias = array = None
-        if add is not None and array is not None and bias is not None:
-            self._safe_bias(node, source, weight, add, bias, array)
+            return
+        self._safe_bias(node, source, weight, add, bias, array)
 
     def _safe_bias(
         self, node: ir.Node, source: _Quantized, weight: _Quantized, add: ir.Node, bias: ir.Value, array: Array
