@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     import onnxlathe as lathe
-    from onnxlathe.passes.upgrade_opset import UpgradeOpset
+    from onnxlathe.passes.simplify.upgrade_opset import UpgradeOpset
 
     images, labels = digits(options.data)
     original = options.data / "mnist_conv.onnx"

@@ -27,8 +27,8 @@ from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.memory_plan import read_plans
 from onnxlathe.models import zoo
 from onnxlathe.models.decoder import decoder
-from onnxlathe.passes.offsets import lower_bound, place_greedily, plan_offsets
-from onnxlathe.passes.plan_memory import PlanMemory, plan_model
+from onnxlathe.passes.memory.offsets import lower_bound, place_greedily, plan_offsets
+from onnxlathe.passes.memory.plan_memory import PlanMemory, plan_model
 
 CAPACITY = 1_048_576
 _FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]

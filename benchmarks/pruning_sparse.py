@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxlathe.compiler.base import Outcome, PassContext
-from onnxlathe.compiler.export_lm import export_causal_lm
+from onnxlathe.compiler.exporting.export_lm import export_causal_lm
 from onnxlathe.compiler.load import load_model
 from onnxlathe.models.stories import heldout_stories, split_stories, stories260k
 from onnxlathe.passes import Cleanup, FoldConstants, PruneSparse
@@ -131,7 +131,7 @@ def stories(quick: bool, console: Console) -> Iterator[tuple[float, list[Row], l
 
 def minilm(console: Console) -> tuple[list[Row], list[dict[str, Any]]]:
     """Fidelity of MiniLM, and its layers' errors."""
-    from onnxlathe.compiler.export import export
+    from onnxlathe.compiler.exporting.export import export
     from onnxlathe.models.zoo import build
 
     entry = build("minilm")

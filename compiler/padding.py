@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from ..runtime.causal_lm import MASK, POSITIONS, TOKENS
+from ..runtime.generation.causal_lm import MASK, POSITIONS, TOKENS
 from ..runtime.inference import run_session
 
 Array = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..runtime.artifact import REPORT_KEY, VERSION_KEY, config_metadata, save
 from ..runtime.errors import LatheError, ModelError, PassError, VerifyError
-from ..runtime.genai_folder import save_genai
+from ..runtime.generation.genai_folder import save_genai
 from ..runtime.session import Session
 from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.collectives import ALL_GATHER
+from ..runtime.divided.collectives import ALL_GATHER
+from ..runtime.divided.parts import Part
 from ..runtime.errors import PlanError
-from ..runtime.parts import Part
 from .graph import MICROSOFT, Array, Names, add_initializer, constant, dims, make_node, opset, require_domain
 from .placement import PLACEMENT_KEY, fingerprint
 from .save_parts import placement_of, write_parts

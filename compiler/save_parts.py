@@ -12,11 +12,11 @@ from typing import Any
 import onnx_ir as ir
 
 from ..runtime.artifact import save
-from ..runtime.causal_lm import read_causal_lm
+from ..runtime.divided.manifest import BUILD_KEY, Manifest, PartFile, TensorInfo, describe_language_model, write_folder
+from ..runtime.divided.parts import Part, cut
 from ..runtime.errors import ModelError, PlanError
+from ..runtime.generation.causal_lm import read_causal_lm
 from ..runtime.inference import weights_outside
-from ..runtime.manifest import BUILD_KEY, Manifest, PartFile, TensorInfo, describe_language_model, write_folder
-from ..runtime.parts import Part, cut
 from .graph import weight_bytes
 from .placement import PLACEMENT_KEY, STAGE_KEY, Placement, read_placement
 

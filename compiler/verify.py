@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from ..runtime.errors import ModelError, VerifyError
+from ..runtime.generation.quantized_cache import cache_scales, dequantize_caches, quantize_caches
 from ..runtime.inference import expose, open_session, run_session, session_options, weights_outside
 from ..runtime.providers import Device
-from ..runtime.quantized_cache import cache_scales, dequantize_caches, quantize_caches
 from .graph import subgraphs
 from .padding import cache_names, defined_results, results_of_tokens
 

@@ -18,8 +18,8 @@ if not (_HERE / "runtime").is_dir():  # Python started in a checkout: the other 
 
 # name -> module that defines it, relative to this package
 _EXPORTS = {
-    "export": ".compiler.export",
-    "export_causal_lm": ".compiler.export_lm",
+    "export": ".compiler.exporting.export",
+    "export_causal_lm": ".compiler.exporting.export_lm",
     "compile": ".api",
     "make_student": ".student",
     "analyze": ".analysis",
@@ -28,8 +28,8 @@ _EXPORTS = {
     "Compiled": ".compiler.pipeline",
     "load": ".runtime.artifact",
     "Session": ".runtime.session",
-    "RankedSession": ".runtime.ranks",
-    "StagedSession": ".runtime.stages",
+    "RankedSession": ".runtime.divided.ranks",
+    "StagedSession": ".runtime.divided.stages",
     "save_ranks": ".compiler.ranks",
     "save_stages": ".compiler.save_parts",
     "Report": ".compiler.report",
@@ -57,14 +57,16 @@ if TYPE_CHECKING:
     from onnxlathe.compiler.analysis import Analysis
     from onnxlathe.compiler.base import Claim, Outcome, Pass, PassContext, Refusal
     from onnxlathe.compiler.budget import Budget
-    from onnxlathe.compiler.export import export
-    from onnxlathe.compiler.export_lm import export_causal_lm
+    from onnxlathe.compiler.exporting.export import export
+    from onnxlathe.compiler.exporting.export_lm import export_causal_lm
     from onnxlathe.compiler.pipeline import Compiled
     from onnxlathe.compiler.ranks import save_ranks
     from onnxlathe.compiler.report import PassRecord, Report
     from onnxlathe.compiler.save_parts import save_stages
     from onnxlathe.runtime import distributed
     from onnxlathe.runtime.artifact import load
+    from onnxlathe.runtime.divided.ranks import RankedSession
+    from onnxlathe.runtime.divided.stages import StagedSession
     from onnxlathe.runtime.errors import (
         ExportError,
         LatheError,
@@ -74,9 +76,7 @@ if TYPE_CHECKING:
         RuntimeUnavailable,
         VerifyError,
     )
-    from onnxlathe.runtime.ranks import RankedSession
     from onnxlathe.runtime.session import Session
-    from onnxlathe.runtime.stages import StagedSession
 
     from .analysis import analyze
     from .api import compile

@@ -131,7 +131,7 @@ def _to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
     if hasattr(model, "state_dict") and hasattr(model, "forward"):
         if args is None:
             raise ModelError("A torch module needs example inputs.", "Give compile(module, args=(...)).")
-        from onnxlathe.compiler.export import export
+        from onnxlathe.compiler.exporting.export import export
 
         return load_model(export(model, args))
     raise ModelError(

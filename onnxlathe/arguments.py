@@ -55,8 +55,8 @@ def export_source(source: str, opset: int | None) -> ir.Model:
         ModelError: there is no such source, or it does not give a module.
         ExportError: it cannot be exported.
     """
-    from onnxlathe.compiler.export import export
-    from onnxlathe.compiler.export_lm import export_causal_lm
+    from onnxlathe.compiler.exporting.export import export
+    from onnxlathe.compiler.exporting.export_lm import export_causal_lm
 
     if source.startswith("zoo:"):
         from onnxlathe.models import zoo

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxlathe.runtime.causal_lm import EOS_KEY
-from onnxlathe.runtime.sampling import Sampling
+from onnxlathe.runtime.generation.causal_lm import EOS_KEY
+from onnxlathe.runtime.generation.sampling import Sampling
+from onnxlathe.runtime.generation.tokenizer import TextStream, eos_beside, load_tokenizer, put_tokenizer, tokenizer_file
 from onnxlathe.runtime.session import Session
-from onnxlathe.runtime.tokenizer import TextStream, eos_beside, load_tokenizer, put_tokenizer, tokenizer_file
 
 
 def stream_text(

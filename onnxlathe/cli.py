@@ -63,7 +63,7 @@ def export(
         save(export_source(source, opset), output)
     typer.echo(f"wrote {output} ({_size(output)}), checked against PyTorch")
     if (content := tokenizer_of(source)) is not None:
-        from onnxlathe.runtime.tokenizer import put_tokenizer
+        from onnxlathe.runtime.generation.tokenizer import put_tokenizer
 
         typer.echo(f"wrote {put_tokenizer(content, output)}, so that `onnxlathe run {output} --prompt TEXT` works")
 
@@ -145,7 +145,7 @@ def run(
         return print_run(model, samples, output, target, threads)
     if samples is not None or output is not None:
         raise LatheError("--prompt goes with neither --samples nor --output.", "Give one or the other.")
-    from onnxlathe.runtime.sampling import Sampling
+    from onnxlathe.runtime.generation.sampling import Sampling
 
     from .chat import stream_text
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from onnxlathe.compiler.export import export
-from onnxlathe.compiler.export_lm import export_causal_lm
+from onnxlathe.compiler.exporting.export import export
+from onnxlathe.compiler.exporting.export_lm import export_causal_lm
 from onnxlathe.compiler.verify import relative_error
 from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.errors import ModelError

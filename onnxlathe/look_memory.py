@@ -14,8 +14,8 @@ from rich.text import Text
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.memory_plan import MemoryPlan, c_header, read_plans
 from onnxlathe.compiler.report import format_bytes
-from onnxlathe.passes.memory_picture import plan_svg
-from onnxlathe.passes.plan_memory import plan_model
+from onnxlathe.passes.memory.memory_picture import plan_svg
+from onnxlathe.passes.memory.plan_memory import plan_model
 from onnxlathe.runtime.artifact import load, write_atomically
 from onnxlathe.runtime.errors import PlanError
 

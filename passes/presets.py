@@ -11,7 +11,7 @@ from ..compiler.base import Pass
 from ..compiler.budget import Budget
 from ..runtime.errors import PassError
 from . import PASSES
-from .smooth_quant import SmoothQuant
+from .quantization.smooth_quant import SmoothQuant
 
 
 @dataclasses.dataclass(frozen=True)

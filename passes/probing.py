@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.graph import Array, attribute, is_op
-from ..runtime.causal_lm import MASK, POSITIONS, TOKENS
 from ..runtime.errors import ModelError
+from ..runtime.generation.causal_lm import MASK, POSITIONS, TOKENS
 from ..runtime.inference import open_session, run_session, session_options
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from .causal_lm import MASK
 from .errors import ModelError
+from .generation.causal_lm import MASK
 from .inference import expose, open_session, run_session, session_options
 from .providers import Device
 from .quantization import QuantSpec

@@ -16,15 +16,15 @@ import onnxruntime as ort
 from .artifact import load, read_config
 from .assignment import LAYER_KEY, RECORD_OPTION, Misplaced, misplaced
 from .benchmark import Timing, interleaved
-from .causal_lm import CausalLM, read_causal_lm
 from .errors import ModelError
 from .feeds import check_feeds
-from .generate import Runnable
-from .generates import Generates
+from .generation.causal_lm import CausalLM, read_causal_lm
+from .generation.generate import Runnable
+from .generation.generates import Generates
+from .generation.prefix_cache import PrefixCache
 from .huge_pages import huge_pages
 from .inference import open_session, run_session, session_options
 from .memory import BufferPool, PoolUse, SharedWeights
-from .prefix_cache import PrefixCache
 from .providers import Device, resolve_device
 
 Array = np.ndarray[Any, Any]

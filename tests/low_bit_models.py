@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import onnx_ir as ir
 
-from onnxlathe.compiler.export_lm import export_causal_lm
+from onnxlathe.compiler.exporting.export_lm import export_causal_lm
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.models.stories import BOS, heldout_stories, stories260k, stories_tokenizer
 from onnxlathe.runtime.inference import open_session, run_session, session_options

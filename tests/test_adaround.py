@@ -15,7 +15,7 @@ from onnxlathe.compiler.graph import constant
 from onnxlathe.compiler.verify import check_structure, run_reference
 from onnxlathe.passes import AdaRound
 from onnxlathe.passes.linear_layers import linear_layer
-from onnxlathe.passes.rounding import Grid, adaround, output_error
+from onnxlathe.passes.quantization.rounding import Grid, adaround, output_error
 from onnxlathe.runtime.errors import PassError
 from rewriting import from_text
 

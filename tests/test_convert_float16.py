@@ -12,7 +12,7 @@ from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.verify import run_reference
 from onnxlathe.models.zoo import build as build_zoo
-from onnxlathe.passes.convert_float16 import ConvertFloat16
+from onnxlathe.passes.quantization.convert_float16 import ConvertFloat16
 from rewriting import from_text, ops, rewrite
 
 _RNG = np.random.default_rng(0)

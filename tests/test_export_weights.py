@@ -117,7 +117,7 @@ def test_silence_and_lazy_torch():
     program = """
         import sys
         import onnxlathe as lathe
-        import onnxlathe.compiler.export, onnxlathe.compiler.export_lm, onnxlathe.models.zoo
+        import onnxlathe.compiler.exporting.export, onnxlathe.compiler.exporting.export_lm, onnxlathe.models.zoo
         assert "torch" not in sys.modules
         import logging, torch
         level = logging.getLogger("torch").level

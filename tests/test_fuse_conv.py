@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxlathe.compiler.load import infer_shapes
-from onnxlathe.passes.fuse_conv import FuseConv
+from onnxlathe.passes.fusion.fuse_conv import FuseConv
 from rewriting import from_text, ops, refused, rewrite
 
 _RNG = np.random.default_rng(0)

@@ -13,8 +13,8 @@ import pytest
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.verify import run_reference
-from onnxlathe.passes.fuse_integer_product import FuseIntegerProduct
-from onnxlathe.passes.quantize_static import QuantizeStatic
+from onnxlathe.passes.fusion.fuse_integer_product import FuseIntegerProduct
+from onnxlathe.passes.quantization.quantize_static import QuantizeStatic
 from rewriting import from_text, ops, refused, rewrite, with_external_data
 
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import pytest
 import onnxlathe as lathe
 from cached_decoders import grouped, tiny
 from onnxlathe.runtime.errors import ModelError
-from onnxlathe.runtime.genai_folder import save_genai
+from onnxlathe.runtime.generation.genai_folder import save_genai
 
 
 @pytest.fixture(scope="module")

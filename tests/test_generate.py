@@ -16,7 +16,8 @@ import torch
 
 import onnxlathe as lathe
 from cached_decoders import grouped, stories, tiny
-from onnxlathe.runtime import causal_lm, generate, kv_cache, providers
+from onnxlathe.runtime import providers
+from onnxlathe.runtime.generation import causal_lm, generate, kv_cache
 from rewriting import from_text
 
 pytest.importorskip("transformers")

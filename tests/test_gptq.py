@@ -7,8 +7,16 @@ import itertools
 import numpy as np
 import pytest
 
-from onnxlathe.passes.blockwise import minmax_grid, searched_grid
-from onnxlathe.passes.gptq import Inputs, asymmetric_target, descend, fit, gptq, refit_scales, row_losses
+from onnxlathe.passes.low_bit.low_bit.blockwise import minmax_grid, searched_grid
+from onnxlathe.passes.low_bit.low_bit.gptq import (
+    Inputs,
+    asymmetric_target,
+    descend,
+    fit,
+    gptq,
+    refit_scales,
+    row_losses,
+)
 
 RNG = np.random.default_rng(0)
 

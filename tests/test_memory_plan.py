@@ -17,10 +17,10 @@ from onnxlathe.compiler.memory_plan import PLAN_KEY, MemoryPlan, PlannedBuffer, 
 from onnxlathe.compiler.memory_verify import verify_plan
 from onnxlathe.compiler.verify import run_reference
 from onnxlathe.look_memory import parse_bindings, print_memory
-from onnxlathe.passes.lifetimes import Flow, Sizes, Tensor, evaluate, flow_of
-from onnxlathe.passes.memory_picture import plan_svg
-from onnxlathe.passes.order_search import best_order, order_bound
-from onnxlathe.passes.plan_memory import plan_model
+from onnxlathe.passes.memory.lifetimes import Flow, Sizes, Tensor, evaluate, flow_of
+from onnxlathe.passes.memory.memory_picture import plan_svg
+from onnxlathe.passes.memory.order_search import best_order, order_bound
+from onnxlathe.passes.memory.plan_memory import plan_model
 from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.errors import PlanError
 from onnxlathe.runtime.feeds import make_feeds

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxlathe.passes.offset_search import search_offsets
-from onnxlathe.passes.offsets import Offsets, plan_offsets
+from onnxlathe.passes.memory.offset_search import search_offsets
+from onnxlathe.passes.memory.offsets import Offsets, plan_offsets
 
 _FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
 HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])

@@ -10,14 +10,14 @@ import pytest
 
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.placement import STAGE_KEY, read_placement
-from onnxlathe.passes.lifetimes import Tensor
+from onnxlathe.passes.memory.lifetimes import Tensor
 from onnxlathe.passes.partition.partition_stages import PartitionStages
 from onnxlathe.passes.partition.stage_bound import stage_bound
 from onnxlathe.passes.partition.stage_costs import StageProblem, cut_order
 from onnxlathe.passes.partition.stage_program import solve_program
 from onnxlathe.passes.partition.stage_search import find_stages
+from onnxlathe.runtime.divided.parts import reads
 from onnxlathe.runtime.errors import PlanError
-from onnxlathe.runtime.parts import reads
 from rewriting import from_text, rewrite
 
 

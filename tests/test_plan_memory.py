@@ -14,7 +14,7 @@ from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.memory_plan import read_plans
 from onnxlathe.compiler.memory_verify import verify_plan
 from onnxlathe.models import zoo
-from onnxlathe.passes.plan_memory import PlanMemory, named_graphs, plan_model
+from onnxlathe.passes.memory.plan_memory import PlanMemory, named_graphs, plan_model
 from onnxlathe.runtime.errors import PlanError
 from onnxlathe.runtime.feeds import make_feeds
 from onnxlathe.runtime.memory_stats import can_measure, measure_memory
@@ -64,7 +64,7 @@ def test_onnxruntime_runs_the_planned_order_in_less_memory() -> None:
 
 @pytest.mark.skipif(not can_measure(), reason="memory is measured on Linux only")
 def test_what_does_not_lower_the_measured_peak_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxlathe.passes import plan_memory
+    from onnxlathe.passes.memory import plan_memory
     from onnxlathe.runtime.memory_stats import MemoryUse
 
     monkeypatch.setattr(plan_memory, "measure_memory", lambda *_: MemoryUse(1000, ()))

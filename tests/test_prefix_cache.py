@@ -10,7 +10,7 @@ import pytest
 from test_generate import expected, exported, prompts
 
 import onnxlathe as lathe
-from onnxlathe.runtime.prefix_cache import PrefixCache
+from onnxlathe.runtime.generation.prefix_cache import PrefixCache
 
 pytest.importorskip("transformers")
 
@@ -74,7 +74,7 @@ def test_only_what_is_new_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = np.random.default_rng(0).integers(3, 500, 40)
     model.generate(prompt, 1, eos=())
     runs: list[int] = []
-    from onnxlathe.runtime import generate
+    from onnxlathe.runtime.generation import generate
 
     step = generate._Stepper.step
 

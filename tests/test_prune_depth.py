@@ -17,7 +17,7 @@ from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.verify import check_structure, compare, run_reference
 from onnxlathe.passes import PruneDepth
 from onnxlathe.passes.pruning.blocks import blocks_of, residual_stream
-from onnxlathe.passes.quantized_layers import store
+from onnxlathe.passes.quantization.quantized_layers import store
 from onnxlathe.runtime.errors import PassError
 from onnxlathe.runtime.feeds import make_feeds
 from rewriting import from_text

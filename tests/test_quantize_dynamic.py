@@ -11,7 +11,7 @@ import torch
 
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.verify import run_reference
-from onnxlathe.passes.quantize_dynamic import QuantizeDynamic
+from onnxlathe.passes.quantization.quantize_dynamic import QuantizeDynamic
 from rewriting import from_text, ops, refused, rewrite
 
 _RNG = np.random.default_rng(0)

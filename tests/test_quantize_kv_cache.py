@@ -13,8 +13,8 @@ from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.verify import check_structure, compare, run_reference
 from onnxlathe.passes import QuantizeKVCache
 from onnxlathe.runtime.errors import PassError
+from onnxlathe.runtime.generation.quantized_cache import cache_scales, dequantize_caches, quantize_caches
 from onnxlathe.runtime.inference import open_session, run_session, session_options
-from onnxlathe.runtime.quantized_cache import cache_scales, dequantize_caches, quantize_caches
 from rewriting import from_text
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16

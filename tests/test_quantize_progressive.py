@@ -12,8 +12,8 @@ from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.budget import Budget
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.verify import run_reference
-from onnxlathe.passes.quantize_progressive import QuantizeProgressive
-from onnxlathe.passes.quantize_static import QuantizeStatic
+from onnxlathe.passes.quantization.quantize_progressive import QuantizeProgressive
+from onnxlathe.passes.quantization.quantize_static import QuantizeStatic
 from onnxlathe.runtime.errors import PassError
 from rewriting import from_text, rewrite
 

@@ -16,7 +16,7 @@ import onnxlathe as lathe
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.models.zoo import build as build_zoo
-from onnxlathe.passes.quantize_static import QuantizeStatic
+from onnxlathe.passes.quantization.quantize_static import QuantizeStatic
 from onnxlathe.runtime.errors import ModelError, PassError
 from onnxlathe.runtime.feeds import make_feeds
 from onnxlathe.runtime.quantization import QuantSpec

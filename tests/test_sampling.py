@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from onnxlathe.runtime.sampling import Sampling
+from onnxlathe.runtime.generation.sampling import Sampling
 
 
 def wanted(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> np.ndarray:

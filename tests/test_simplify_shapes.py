@@ -11,7 +11,7 @@ import pytest
 from onnxlathe.compiler.graph import integers
 from onnxlathe.compiler.verify import run_reference
 from onnxlathe.passes import SimplifyShapes
-from onnxlathe.passes.simplify_shapes import constant_target
+from onnxlathe.passes.simplify.simplify_shapes import constant_target
 from onnxlathe.passes.symbolic import number
 from rewriting import from_text, ops, refused, rewrite, with_external_data
 

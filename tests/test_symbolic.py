@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxlathe.passes.attention.views import follow_view, origins, regroup, whole_view
 from onnxlathe.passes.symbolic import ONE, SymbolicShapes, divide, multiply, number, reshaped
-from onnxlathe.passes.views import follow_view, origins, regroup, whole_view
 from rewriting import from_text
 
 BATCH = (1, ("batch",))

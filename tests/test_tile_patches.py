@@ -9,8 +9,8 @@ import pytest
 import onnxlathe as lathe
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.models import zoo
-from onnxlathe.passes.plan_memory import plan_model
-from onnxlathe.passes.tile_patches import TilePatches
+from onnxlathe.passes.memory.plan_memory import plan_model
+from onnxlathe.passes.memory.tile_patches import TilePatches
 from rewriting import from_text, ops, refused, rewrite
 
 RNG = np.random.default_rng(0)

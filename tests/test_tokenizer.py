@@ -10,7 +10,7 @@ import pytest
 
 import onnxlathe as lathe
 from onnxlathe.models.stories import heldout_text, stories_tokenizer, tokenizer_json
-from onnxlathe.runtime.tokenizer import TextStream, eos_beside, load_tokenizer, put_tokenizer, tokenizer_file
+from onnxlathe.runtime.generation.tokenizer import TextStream, eos_beside, load_tokenizer, put_tokenizer, tokenizer_file
 
 tokenizers = pytest.importorskip("tokenizers")
 SPECIAL = ["<s>", "</s>"]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.causal_lm import MASK, POSITIONS, TOKENS
 from ...runtime.errors import ModelError, PassError
 from ...runtime.feeds import FeedSource, Samples, check_feeds
+from ...runtime.generation.causal_lm import MASK, POSITIONS, TOKENS
 from ..base import Array, Feeds
 from .losses import IGNORED
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ...runtime.causal_lm import MASK
 from ...runtime.errors import PassError
+from ...runtime.generation.causal_lm import MASK
 from ...runtime.inference import expose, open_session, run_session, session_options
 from ...runtime.providers import Device
 from ..base import Feeds

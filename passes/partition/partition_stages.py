@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.placement import STAGE_KEY, Placement, fingerprint, is_placed
 from ...runtime.errors import PlanError
-from ..plan_memory import reorder
+from ..memory.plan_memory import reorder
 from .costs import NOT_TO_CUT, CostModel, graph_costs
 from .stage_costs import Balance, OrderCosts, StageProblem, Stages
 from .stage_search import find_stages

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.graph import weight_bytes
 from ...compiler.placement import Placement, fingerprint, is_placed
-from ...runtime.causal_lm import read_causal_lm
 from ...runtime.errors import ModelError, PlanError
 from ...runtime.feeds import make_feeds
+from ...runtime.generation.causal_lm import read_causal_lm
 from ...runtime.node_profile import NodeProfile, Shape, profile_nodes, set_types
 from .sharder import Sharder
 

@@ -19,9 +19,9 @@ from typing import Any
 import onnx_ir as ir
 
 from ...compiler.graph import MICROSOFT, attribute, constant, is_op, producer, subgraphs
-from ...runtime.collectives import ALL_GATHER, ALL_REDUCE
+from ...runtime.divided.collectives import ALL_GATHER, ALL_REDUCE
+from ...runtime.divided.parts import reads
 from ...runtime.node_profile import Shape
-from ...runtime.parts import reads
 from .splits import CannotSplit, Split, divide
 
 _SMALLEST = 0.001  # of all weights: a smaller weight stays whole

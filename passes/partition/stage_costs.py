@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..lifetimes import Tensor
+from ..memory.lifetimes import Tensor
 from .costs import GraphCosts
 
 Balance = Literal["time", "memory"]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...compiler.graph import MICROSOFT, attribute, is_op, only_consumer, producer
 from ...compiler.padding import cache_names
 from ..linear_layers import LinearLayer, linear_layer, result_of
-from ..streams import reads
+from ..low_bit.streams import reads
 from ..symbolic import ONE, Dims, SymbolicShapes
 
 BranchKind = Literal["attention", "ffn"]

@@ -15,8 +15,8 @@ from ...compiler.kept_caches import KeptCaches
 from ...compiler.padding import cache_names
 from ...runtime.benchmark import interleaved
 from ...runtime.inference import expose, open_session, run_session, session_options
-from ..output_effect import OutputEffect
-from ..streams import PATIENT, reads
+from ..low_bit.output_effect import OutputEffect
+from ..low_bit.streams import PATIENT, reads
 from .blocks import Half, residual_stream, runs
 from .bypass import bypass
 from .coupling import Dimension

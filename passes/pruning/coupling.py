@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from ...compiler.graph import Array, subgraphs
 from ...compiler.padding import cache_names
 from ..linear_layers import LinearLayer, linear_layer
-from ..streams import reads
+from ..low_bit.streams import reads
 from ..symbolic import ONE, Dim, Dims, SymbolicShapes
 
 Kind = Literal["ffn", "heads", "channels"]

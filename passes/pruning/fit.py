@@ -12,7 +12,7 @@ from ...compiler.base import PassContext
 from ...compiler.graph import MICROSOFT, PASS_KEY, Array, Names, add_initializer, constant, is_op, only_consumer
 from ...runtime.errors import PassError
 from ..linear_layers import LinearLayer, bias_of, result_of
-from ..quantized_layers import store
+from ..quantization.quantized_layers import store
 from ..symbolic import SymbolicShapes
 from .blocks import alike
 from .coupling import Consumer

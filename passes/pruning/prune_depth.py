@@ -14,9 +14,9 @@ from ...compiler.graph import Array, weight_bytes
 from ...runtime.errors import PassError
 from ...runtime.inference import expose, open_session, run_session, session_options
 from ..linear_layers import LinearLayer
-from ..low_bit import effect_samples
-from ..output_effect import OutputEffect
-from ..streams import PATIENT, token_rows
+from ..low_bit.low_bit import effect_samples
+from ..low_bit.output_effect import OutputEffect
+from ..low_bit.streams import PATIENT, token_rows
 from .blocks import Half, blocks_of, residual_stream, runs
 from .bypass import bypass, drop_caches
 from .fit import Refit, Task, fit, outside_bias, weight_matrix

@@ -13,10 +13,10 @@ import onnx_ir as ir
 from ...compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ...compiler.graph import PASS_KEY, Array, Names, is_op
 from ...runtime.errors import PassError
-from ..low_bit import effect_samples
-from ..output_effect import OutputEffect
-from ..quantization_plan import Filter
-from ..quantized_layers import mark
+from ..low_bit.low_bit import effect_samples
+from ..low_bit.output_effect import OutputEffect
+from ..quantization.quantization_plan import Filter
+from ..quantization.quantized_layers import mark
 from .sparse_bias import give_bias
 from .sparse_goals import EFFECT_SAMPLES, below, by_effect, by_magnitude, uniform, zeros_already
 from .sparse_layers import RULE, Prunable, find_prunable

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from ...compiler.base import Feeds, Outcome
 from ...compiler.graph import Array, all_nodes, attribute, constant, is_op, rank
 from ..linear_layers import LinearLayer, linear_layer
-from ..quantization_plan import Filter, selected
-from ..streams import token_rows
+from ..low_bit.streams import token_rows
+from ..quantization.quantization_plan import Filter, selected
 
 RULE = "dense weight -> sparse weight"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..gptq import inverse_factor, row_losses
+from ..low_bit.gptq import inverse_factor, row_losses
 
 Array = np.ndarray[Any, Any]
 Method = Literal["magnitude", "wanda", "sparsegpt", "admm"]

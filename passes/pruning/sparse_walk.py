@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ...compiler.base import PassContext
 from ...compiler.graph import Array, dims, is_op, only_consumer
 from ..linear_layers import LinearLayer, result_of, watch
-from ..streams import MASK, Stream, ancestors, same_values, stage_order
+from ..low_bit.streams import MASK, Stream, ancestors, same_values, stage_order
 from .sparse_bias import shifted
 from .sparse_layers import Prunable
 from .sparse_solvers import Goal, Second, loss

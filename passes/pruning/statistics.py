@@ -11,7 +11,7 @@ from ...compiler.base import Feeds, PassContext
 from ...compiler.graph import Array, is_op
 from ...runtime.errors import PassError
 from ..linear_layers import LinearLayer
-from ..streams import MASK, ArrayStore, Stream, stage_order, token_rows
+from ..low_bit.streams import MASK, ArrayStore, Stream, stage_order, token_rows
 
 _MEMORY = 192 << 20  # bytes of activations kept in memory per stream
 

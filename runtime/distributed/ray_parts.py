@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..collectives import perform
+from ..divided.collectives import perform
+from ..divided.manifest import Manifest, load_part, read_manifest
+from ..divided.parted import of_rank
+from ..divided.ranks import divide_inputs, join_outputs, segments
 from ..errors import LatheError, ModelError, PlanError, RuntimeUnavailable
 from ..feeds import check_feeds
 from ..inference import open_session, run_session, session_options
-from ..manifest import Manifest, load_part, read_manifest
-from ..parted import of_rank
-from ..ranks import divide_inputs, join_outputs, segments
 from .workers import connected_ray
 
 Array = np.ndarray[Any, Any]

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..causal_lm import EOS_KEY
 from ..errors import LatheError, ModelError
+from ..generation.causal_lm import EOS_KEY
+from ..generation.tokenizer import TextStream, eos_beside, load_tokenizer, tokenizer_file
 from ..session import Session
-from ..tokenizer import TextStream, eos_beside, load_tokenizer, tokenizer_file
 from .data_parallel import DataParallel
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Passes that store weights in 8, 4, 2 or fewer bits."""

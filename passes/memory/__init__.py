@@ -1,0 +1,1 @@
+"""Passes that order nodes and place values so that less memory is needed."""

@@ -1,0 +1,1 @@
+"""Passes that quantize weights and activations, correct what that costs, or halve floats."""

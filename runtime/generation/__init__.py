@@ -1,0 +1,1 @@
+"""Generating text: the loop, caches, sampling, tokens."""
