@@ -40,7 +40,7 @@ from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.graph import Names, add_initializer, is_op, make_node
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.passes import Distill, PruneAdaptive
-from onnxlathe.passes.low_bit.low_bit.few_levels import Levels, few_levels
+from onnxlathe.passes.low_bit.few_levels import Levels, few_levels
 from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 

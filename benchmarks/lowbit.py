@@ -30,7 +30,7 @@ from onnxlathe.compiler.exporting.export_lm import export_causal_lm
 from onnxlathe.compiler.graph import weight_bytes
 from onnxlathe.models.stories import BOS, heldout_stories, stories260k, stories_tokenizer
 from onnxlathe.passes import Cleanup, FoldConstants, MixedPrecision, QuantizeWeights
-from onnxlathe.passes.low_bit.low_bit.output_effect import OutputEffect
+from onnxlathe.passes.low_bit.output_effect import OutputEffect
 from onnxlathe.runtime.artifact import load, save
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnxruntime.capi import _pybind_state as native
 
-from onnxlathe.passes.low_bit.low_bit.blockwise import (
+from onnxlathe.passes.low_bit.blockwise import (
     BITS,
     Grid,
     minmax_grid,
@@ -17,8 +17,8 @@ from onnxlathe.passes.low_bit.low_bit.blockwise import (
     searched_grid,
     stored_bytes,
 )
-from onnxlathe.passes.low_bit.low_bit.few_levels import few_levels
-from onnxlathe.passes.low_bit.low_bit.hqq import hqq_grid
+from onnxlathe.passes.low_bit.few_levels import few_levels
+from onnxlathe.passes.low_bit.hqq import hqq_grid
 
 RNG = np.random.default_rng(0)
 

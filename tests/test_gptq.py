@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from onnxlathe.passes.low_bit.low_bit.blockwise import minmax_grid, searched_grid
-from onnxlathe.passes.low_bit.low_bit.gptq import (
+from onnxlathe.passes.low_bit.blockwise import minmax_grid, searched_grid
+from onnxlathe.passes.low_bit.gptq import (
     Inputs,
     asymmetric_target,
     descend,

@@ -11,9 +11,9 @@ from low_bit_models import HIDDEN, block, block_feeds
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.graph import weight_bytes
 from onnxlathe.passes import MixedPrecision, QuantizeWeights
-from onnxlathe.passes.low_bit.low_bit.mixed_precision import solve
-from onnxlathe.passes.low_bit.low_bit.output_effect import OutputEffect
-from onnxlathe.passes.low_bit.low_bit.product_times import product_seconds
+from onnxlathe.passes.low_bit.mixed_precision import solve
+from onnxlathe.passes.low_bit.output_effect import OutputEffect
+from onnxlathe.passes.low_bit.product_times import product_seconds
 from onnxlathe.runtime.errors import PassError
 from rewriting import inside_if, refused, rewrite
 

@@ -16,7 +16,7 @@ from onnxlathe.compiler.graph import weight_bytes
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.verify import check_structure, compare, run_reference
 from onnxlathe.passes import PruneAdaptive
-from onnxlathe.passes.low_bit.low_bit.mixed_precision import solve
+from onnxlathe.passes.low_bit.mixed_precision import solve
 from onnxlathe.passes.pruning.blocks import residual_stream
 from onnxlathe.passes.pruning.choices import modules_of, part_bytes, part_times, shrunk
 from onnxlathe.passes.pruning.coupling_rules import coupling_of

@@ -14,7 +14,7 @@ from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.verify import run_reference
 from onnxlathe.passes import PruneSparse
-from onnxlathe.passes.low_bit.low_bit.output_effect import OutputEffect
+from onnxlathe.passes.low_bit.output_effect import OutputEffect
 from onnxlathe.passes.pruning.sparse_solvers import Goal, Second, admm, loss, prune, refit, sparsegpt
 from onnxlathe.runtime.errors import PassError
 from rewriting import from_text, inside_if, refused, rewrite, with_external_data

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from low_bit_models import block, block_feeds
 
-from onnxlathe.passes.low_bit.low_bit.streams import ArrayStore, Stream, stage_order, token_rows
+from onnxlathe.passes.low_bit.streams import ArrayStore, Stream, stage_order, token_rows
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 from rewriting import from_text
 
