@@ -34,6 +34,8 @@ from onnxlathe.runtime.inference import open_session, run_session, session_optio
 from onnxlathe.runtime.providers import Device, resolve_device
 from onnxlathe.runtime.ranges import TensorRange
 
+from .reporting import call_text, memory_pictures
+
 if TYPE_CHECKING:
     import torch
 
@@ -61,6 +63,7 @@ def compile(
     speed_gate: bool | None = None,
     verify: bool = True,
     on_error: OnError = "raise",
+    profile: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Compiled:
@@ -80,6 +83,8 @@ def compile(
         speed_gate: measure each pass on the target and drop what is slower; None: as the preset says.
         verify: compare the numbers after each pass.
         on_error: ``"raise"``, or ``"skip"`` to leave a failing pass out and say so in the report.
+        profile: also measure, for the report, the time of each operator before and after and, of a quantized model,
+            the error of each layer.
         seed: seed of the samples and of passes that draw random numbers.
         progress: show what is being done on a terminal.
 
@@ -89,6 +94,7 @@ def compile(
         VerifyError: a pass changed the numbers beyond the tolerance.
         RuntimeUnavailable: the target is not there.
     """
+    call = call_text(compile, locals())
     device = resolve_device(target)
     steps, preset_gate = resolve_passes(passes)
     graph = _to_graph(model, args)
@@ -103,7 +109,7 @@ def compile(
         if not samples:
             raise ModelError("No samples were given.", "Give at least one, or leave calibration out.")
         gate = preset_gate if speed_gate is None else speed_gate
-        timed = (samples if feeds is not None else _timed(graph, seed, device)) if gate else []
+        measured = (samples if feeds is not None else _timed(graph, seed, device)) if gate or profile else []
         context = PassContext(
             device=device,
             threads=threads,
@@ -113,14 +119,21 @@ def compile(
             progress=sink,
             costs=KernelCosts.of_machine(device, threads, progress=sink),
         )
-        settings = Settings(_compared(graph, samples) if verify else [], timed, tolerance, on_error)
+        settings = Settings(
+            samples=_compared(graph, samples) if verify else [],
+            timed=measured if gate else [],
+            profiled=measured if profile else [],
+            tolerance=tolerance,
+            on_error=on_error,
+        )
         compiled = run_pipeline(graph, steps, context, settings)
         sink("checking the result")
         check_model(compiled.model)
     compiled.report = dataclasses.replace(
         compiled.report,
         source=str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__,
-        environment=environment(threads),
+        environment={**environment(threads), "call": call},
+        pictures=memory_pictures(compiled.model),
     )
     return compiled
 

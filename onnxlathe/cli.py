@@ -85,6 +85,8 @@ def compile(
     on_error: Annotated[str, typer.Option(help="raise, or skip a failing pass")] = "raise",
     refusals: Annotated[bool, typer.Option(help="list every place that was not rewritten, and why")] = False,
     json: Annotated[Path | None, typer.Option(help="also write the report as JSON")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write the report as a page, .html")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="also time each operator and compare each layer")] = False,
 ) -> None:
     """Compiles a model, prints what changed, writes the result.
 
@@ -96,9 +98,9 @@ def compile(
     from .arguments import check_writable, parse_passes
     from .chat import carry_tokenizer
 
-    check_writable(output, [model, calibration])
-    if json is not None:
-        check_writable(json, [model, calibration])
+    for path in (output, json, report):
+        if path is not None:
+            check_writable(path, [model, calibration])
     out = compile_model(
         model,
         parse_passes(passes),
@@ -108,12 +110,16 @@ def compile(
         tolerance=tolerance,
         speed_gate=speed_gate,
         on_error=on_error,
+        profile=profile,
     )
     carry_tokenizer(model, out.model, output)
     out.save(output)
     out.report.print(refusals=refusals)
     if json is not None:
         out.report.save_json(json)
+    if report is not None:
+        out.report.html(report)
+        typer.echo(f"wrote {report}")
     typer.echo(f"wrote {output} ({_size(output)})")
 
 
@@ -177,6 +183,7 @@ def inspect(
     memory: Annotated[bool, typer.Option("--memory", help="memory of the activations instead")] = False,
     sizes: Annotated[str, typer.Option(help="with --memory: sizes of symbolic dims, batch=1,sequence=128")] = "",
     plan: Annotated[Path | None, typer.Option(help="with --memory: write the plan, as .svg, .h or .json")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the stored report as a page, .html")] = None,
 ) -> None:
     """Shows inputs, outputs, operators, and a stored report; or where the memory goes.
 
@@ -190,9 +197,11 @@ def inspect(
             check_writable(plan, [model])
         print_memory(model, parse_bindings(sizes), plan)
         return
-    from .look import print_inspect
+    from .look import print_inspect, write_page
 
     print_inspect(model)
+    if report is not None:
+        write_page(model, report)
 
 
 @app.command()
