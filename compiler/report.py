@@ -84,6 +84,7 @@ class Report:
         speed: final graph against the original on the target, None where not measured.
         environment: versions, CPU, threads, command.
         notes: remarks about the whole.
+        search: what ``lathe.optimize`` tried, where it chose the passes (``onnxlathe/optimizing/trials.py``).
     """
 
     source: str = ""
@@ -96,6 +97,7 @@ class Report:
     speed: Speed | None = None
     environment: dict[str, str] = dataclasses.field(default_factory=lambda: dict[str, str]())
     notes: list[str] = dataclasses.field(default_factory=lambda: list[str]())
+    search: dict[str, Any] = dataclasses.field(default_factory=lambda: dict[str, Any]())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready data."""
