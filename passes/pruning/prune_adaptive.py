@@ -15,9 +15,8 @@ from ...compiler.graph import Array, remove_dead, weight_bytes
 from ...runtime.errors import PassError
 from ...runtime.feeds import make_feeds
 from ...runtime.inference import open_session, run_session, session_options
-from ..low_bit.low_bit import effect_samples
 from ..low_bit.mixed_precision import solve
-from ..low_bit.output_effect import OutputEffect
+from ..low_bit.output_effect import OutputEffect, effect_samples
 from ..low_bit.streams import PATIENT
 from .blocks import Half, residual_stream
 from .bypass import drop_caches
