@@ -62,7 +62,8 @@ def page(kind: type[Pass], measured: dict[str, Any]) -> str:
     fields = [field for field in dataclasses.fields(kind) if field.repr]
     if fields:
         rows = "\n".join(
-            f"| `{field.name}` | {_cell(f'`{field.type}`')} | {_default(field)} | {_cell(meanings.get(field.name, ''))} |"
+            f"| `{field.name}` | {_cell(f'`{field.type}`')} | {_default(field)} "
+            f"| {_cell(meanings.get(field.name, ''))} |"
             for field in fields
         )
         lines.append("## Options\n\n| option | type | default | meaning |\n|---|---|---|---|\n" + rows)
@@ -91,8 +92,8 @@ def figure(name: str, measured: dict[str, Any]) -> str:
     bars = [time, ("bytes", row["bytes"], 0.0), ("nodes", new / old, 0.0)]
     before, after = (f"{error:.0e}" for error in row["errors"])
     return (
-        f"## Measured\n\n{picture(bars)}\n\nWith the pass relative to without it, on {row['model']}; largest error against "
-        f"the original {before} without, {after} with it. Made by `python benchmarks/passes.py`."
+        f"## Measured\n\n{picture(bars)}\n\nWith the pass relative to without it, on {row['model']}; largest error "
+        f"against the original {before} without, {after} with it. Made by `python benchmarks/passes.py`."
     )
 
 
