@@ -20,12 +20,13 @@ from ..low_bit.output_effect import OutputEffect, effect_samples
 from ..low_bit.streams import PATIENT
 from .blocks import Half, residual_stream
 from .bypass import drop_caches
-from .choices import Losses, Module, leave_bias, modules_of, part_bytes, part_times, shrunk
+from .choices import Losses, Module, leave_bias, modules_of, shrunk
 from .coupling_rules import coupling_of
 from .cut import cut, drop_unused
 from .fit import refit
 from .module_times import relative_time
 from .obs import Ranking
+from .part_costs import part_bytes, part_times
 from .prune_width import WIDTH_KEY, PruneWidth
 from .statistics import needs_samples
 
