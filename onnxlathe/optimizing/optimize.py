@@ -166,10 +166,10 @@ def read_seconds(text: float | str) -> float:
     Raises:
         LatheError: it is neither, or leaves no time.
     """
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(s|m|min|h|)\s*", str(text))
+    number, unit = re.fullmatch(r"\s*(.*?)\s*([a-z]*)\s*", str(text)).groups()  # pyright: ignore[reportOptionalMemberAccess]
     try:
-        seconds = float(found[1]) * _UNITS[found[2]] if found else math.nan
-    except ValueError:
+        seconds = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
         seconds = math.nan
     if not seconds > 0 or math.isinf(seconds):
         raise LatheError(f"The time budget {text!r} is no time.", "Give seconds, or a text such as 90s, 20m or 1h.")
