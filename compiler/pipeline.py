@@ -23,6 +23,8 @@ from .graph import count_ops, weight_bytes
 from .kept_caches import KeptCaches
 from .ranks import save_ranks
 from .report import PassRecord, Report, Speed
+from .reporting.compare import compare_graphs
+from .reporting.profiling import Side, profile
 from .save_parts import save_stages
 from .variants import is_quantized
 
@@ -78,12 +80,14 @@ class Settings:
     Attributes:
         samples: feeds for the numeric comparison; empty: numbers are not compared (and the report says so).
         timed: feeds for the speed gate; empty: no gate.
+        profiled: feeds on which the operators are timed and quantized layers compared, for the report; empty: not done.
         tolerance: largest relative error of EXACT passes; None takes each pass's own.
         on_error: ``"raise"`` stops at a failing pass, ``"skip"`` leaves it out and says so.
     """
 
     samples: Sequence[Feeds] = ()
     timed: Sequence[Feeds] = ()
+    profiled: Sequence[Feeds] = ()
     tolerance: float | None = None
     on_error: OnError = "raise"
 
@@ -93,7 +97,8 @@ class _State:
     """The last accepted graph with its results and session options.
 
     ``reference`` is what the original gave, as the passes so far are expected to have changed it.
-    ``samples``, ``timed`` and ``feeds`` are those of the compile as it takes them: a pass may leave out caches.
+    ``samples``, ``timed``, ``profiled`` and ``feeds`` are those of the compile as it takes them: a pass may leave out
+    caches.
     ``spare`` is a clone of it that a pass left as it was, for the next pass to work on.
     """
 
@@ -103,6 +108,7 @@ class _State:
     config: dict[str, Any]
     samples: Sequence[Feeds] = ()
     timed: Sequence[Feeds] = ()
+    profiled: Sequence[Feeds] = ()
     feeds: Iterable[Feeds] = ()
     spare: ir.Model | None = None
 
@@ -122,7 +128,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     verify.check_structure(model)
     context.progress("running the original")
     results = _original_results(model, settings)
-    original = _State(model, results, results, {}, settings.samples, settings.timed, context.feeds)
+    original = _State(model, results, results, {}, settings.samples, settings.timed, settings.profiled, context.feeds)
     state = dataclasses.replace(original, model=model.clone())
     context = dataclasses.replace(context, original=model)
     for step in passes:
@@ -147,6 +153,11 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     if settings.timed:
         context.progress("measuring the result")
         report.speed = _speed(original, state, context)
+    context.progress("comparing the graphs")
+    report.graph, report.weights = compare_graphs(model, state.model)
+    if settings.profiled:
+        sides = [Side(item.model, item.config, item.profiled) for item in (original, state)]
+        profile(report, sides[0], sides[1], context)
     return Compiled(state.model, report, state.config)
 
 
@@ -207,12 +218,14 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
 
 def _adapted(state: _State, kept: KeptCaches, candidate: ir.Model) -> _State:
     """``state`` with samples and results as ``candidate`` takes and gives them."""
-    samples, timed, results, reference = (
+    samples, timed, profiled, results, reference = (
         [kept.of(arrays, candidate) for arrays in items]
-        for items in (state.samples, state.timed, state.results, state.reference)
+        for items in (state.samples, state.timed, state.profiled, state.results, state.reference)
     )
     feeds = kept.samples(state.feeds, candidate) if state.feeds != () else ()
-    return dataclasses.replace(state, samples=samples, timed=timed, results=results, reference=reference, feeds=feeds)
+    return dataclasses.replace(
+        state, samples=samples, timed=timed, profiled=profiled, results=results, reference=reference, feeds=feeds
+    )
 
 
 def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, record: PassRecord) -> verify.Results:

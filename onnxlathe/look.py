@@ -25,6 +25,7 @@ from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
 from onnxlathe.runtime.session import Session
 
 from .arguments import check_writable
+from .reporting import memory_pictures
 
 _SHOWN = 10
 
@@ -82,6 +83,23 @@ def print_inspect(path: Path) -> None:
     if REPORT_KEY in model.metadata_props:
         console.print(f"compiled by onnxlathe {model.metadata_props.get(VERSION_KEY, '')}:", highlight=False)
         Report.from_dict(json.loads(model.metadata_props[REPORT_KEY])).print(console)
+
+
+def write_page(path: Path, page: Path) -> None:
+    """Writes the report stored in an artifact as a page.
+
+    Raises:
+        ModelError: the model holds no report.
+        LatheError: jinja2 is not installed.
+    """
+    check_writable(page, [path])
+    model = load(path)
+    if REPORT_KEY not in model.metadata_props:
+        raise ModelError(f"{path} holds no report of onnxlathe.", "Compile it with `onnxlathe compile`.")
+    report = Report.from_dict(json.loads(model.metadata_props[REPORT_KEY]))
+    report.pictures = memory_pictures(model)
+    report.html(page)
+    Console().print(f"wrote {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_diff(before: Path, after: Path, samples: Path | None) -> None:
