@@ -278,7 +278,7 @@ def test_texts_through_ray_are_those_of_one_session(
             for _ in range(2):
                 np.testing.assert_array_equal(parts.generate(PROMPTS[0], 20), session.generate(PROMPTS[0], 20))
             assert parts.prefixes.use.reused == len(PROMPTS[0]) - 1
-            with pytest.raises(ModelError, match="token ids"):
+            with pytest.raises(ModelError, match="token id 99999"):
                 parts.generate([99_999])
 
 

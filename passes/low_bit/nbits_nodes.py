@@ -108,7 +108,7 @@ class Writer:
     def _product(self, weight: Weight, coded: Coded, linear: Linear, stored: list[ir.Value | None]) -> ir.Node:
         grid, old = coded.grid, linear.node
         sizes = {"K": weight.inputs, "N": weight.outputs, "bits": grid.bits, "block_size": grid.block_size}
-        operands = [linear.x, *stored, None, linear.bias]
+        operands = [old.inputs[0], *stored, None, linear.bias]  # as it is now: a table before it may be another one
         while operands[-1] is None:
             operands.pop()
         new = make_node(
@@ -208,7 +208,7 @@ class Writer:
             shape=[weight.inputs, weight.outputs],
             attributes={"axis": 0, "block_size": coded.grid.block_size},
         )
-        operands = [linear.x, dequantize.outputs[0], *([linear.bias] if linear.bias is not None else [])]
+        operands = [old.inputs[0], dequantize.outputs[0], *([linear.bias] if linear.bias is not None else [])]
         output = self._names.fresh(f"{old.outputs[0].name}_q{coded.grid.bits}")
         attributes = {key: attribute(old, key) for key in old.attributes if key != "transB"}
         product = make_node(
