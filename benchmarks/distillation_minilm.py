@@ -29,9 +29,9 @@ import numpy as np
 import onnx_ir as ir
 from encoder_int8 import batches, fidelity
 from harness import write_result
-from lowbit import VALIDATION
-from minilm_data import minilm as fused
-from minilm_data import sentences_of, strangers, texts
+from lowbit import TEXT
+from pruning_data import minilm as fused
+from pruning_data import sentences_of, strangers, texts
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +64,7 @@ def training_rows(known: list[str], count: int) -> list[str]:
     """``count`` rows of text, neighbours of about the same length."""
     rng = np.random.default_rng(5)
     allowed = set(known)
-    text = sentences_of(VALIDATION.read_text()) if VALIDATION.exists() else known
+    text = sentences_of(TEXT.read_text()) if TEXT.exists() else known
     words = " ".join(part for part in text if part in allowed).split()
     rows: list[str] = []
     while len(rows) < count // 2:
