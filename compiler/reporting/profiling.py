@@ -14,6 +14,7 @@ from ...runtime.node_profile import profile_in_turns
 from ..analyze import analyze
 from ..base import Feeds, PassContext
 from ..gate import shape_of
+from ..padding import without_padding
 from ..report import Report
 from ..variants import is_quantized
 from .records import Latency, NodeTime
@@ -40,7 +41,8 @@ class Side:
 def profile(report: Report, before: Side, after: Side, context: PassContext) -> None:
     """Adds to ``report`` the time of each operator, for each sample, and the errors of quantized layers.
 
-    Layers are compared with ``context.reference``, the last graph in which nothing was quantized.
+    Layers are compared with ``context.reference``, the last graph in which nothing was quantized, where samples have no
+    padding: what is computed there is arbitrary.
 
     Raises:
         ModelError: a model does not run on its samples.
@@ -50,10 +52,9 @@ def profile(report: Report, before: Side, after: Side, context: PassContext) -> 
         report.latency.append(_latency(before, after, old, new, context))
     if not is_quantized(after.model) or context.reference is None or is_quantized(context.reference):
         return
+    samples = [without_padding(sample) for sample in after.samples]
     try:
-        found = analyze(
-            context.reference, after.model, after.samples, threads=context.threads, progress=context.progress
-        )
+        found = analyze(context.reference, after.model, samples, threads=context.threads, progress=context.progress)
         report.analysis = found.to_dict()
     except ModelError as error:
         report.notes.append(f"the quantized layers were not compared: {error.what}")
