@@ -12,7 +12,7 @@ import typer
 from onnxlathe.runtime.errors import LatheError, PassError
 
 from .cli_devices import plan, serve, split
-from .options import Device, Model, Output, Samples, Threads, status
+from .options import Device, Model, Output, Samples, Target, Threads, status
 
 app = typer.Typer(
     help="A compiler for ONNX models whose every rewrite is checked against what ONNX Runtime really executes.",
@@ -75,7 +75,7 @@ def compile(
     passes: Annotated[
         str, typer.Option(help="a preset, or pass names with options: fuse-gelu,fold-constants:growth_limit=0")
     ] = "cpu-fp32",
-    target: Device = "cpu",
+    target: Target = "cpu",
     threads: Threads = 0,
     calibration: Annotated[
         Path | None, typer.Option(help=".npz file (input name -> array) or a folder of them; else made")
@@ -85,13 +85,18 @@ def compile(
     on_error: Annotated[str, typer.Option(help="raise, or skip a failing pass")] = "raise",
     refusals: Annotated[bool, typer.Option(help="list every place that was not rewritten, and why")] = False,
     json: Annotated[Path | None, typer.Option(help="also write the report as JSON")] = None,
+    bundle: Annotated[bool, typer.Option("--bundle", help="write a folder that tests itself anywhere")] = False,
 ) -> None:
     """Compiles a model, prints what changed, writes the result.
 
     Example: onnxlathe compile model.onnx -o fast.onnx --passes cpu-fp32 --threads 4
+
+    Example: onnxlathe compile model.onnx -o small.onnx --passes edge --calibration x.npz --target web --bundle
     """
     if on_error not in ("raise", "skip"):
         raise PassError(f"--on-error is {on_error!r}.", "Use raise or skip.")
+    from onnxlathe.runtime.generation.tokenizer import FILE as TOKENIZER
+
     from .api import compile as compile_model
     from .arguments import check_writable, parse_passes
     from .chat import carry_tokenizer
@@ -109,12 +114,12 @@ def compile(
         speed_gate=speed_gate,
         on_error=on_error,
     )
-    carry_tokenizer(model, out.model, output)
-    out.save(output)
+    tokenizer = carry_tokenizer(model, out.model, None if bundle else output)
+    written = out.save(output, bundle=bundle, extra={TOKENIZER: tokenizer} if tokenizer else None)
     out.report.print(refusals=refusals)
     if json is not None:
         out.report.save_json(json)
-    typer.echo(f"wrote {output} ({_size(output)})")
+    typer.echo(f"wrote {written} ({_size(written)})")
 
 
 @app.command()
@@ -207,6 +212,19 @@ def diff(before: Model, after: Model, samples: Samples = None) -> None:
 
 
 @app.command()
+def check(
+    model: Model, target: Annotated[str, typer.Option("--target", help="cpu, cuda, web or mobile")] = "cpu"
+) -> None:
+    """Says whether a model can run on a target, and names the operators that cannot.
+
+    Example: onnxlathe check model.onnx --target web
+    """
+    from .look import print_check
+
+    print_check(model, target)
+
+
+@app.command()
 def analyze(
     float_model: Annotated[Path, typer.Argument(help="the .onnx file that was quantized", show_default=False)],
     quantized_model: Annotated[Path, typer.Argument(help="the quantized .onnx file", show_default=False)],
@@ -293,5 +311,5 @@ def demo(
 def _size(path: Path) -> str:
     from onnxlathe.compiler.report import format_bytes
 
-    data = [file for file in path.parent.glob(f"{path.name}.*data") if file.is_file()]
-    return format_bytes(sum(file.stat().st_size for file in [path, *data]))
+    files = path.rglob("*") if path.is_dir() else [path, *path.parent.glob(f"{path.name}.*data")]
+    return format_bytes(sum(file.stat().st_size for file in files if file.is_file()))
