@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..runtime.artifact import write_atomically
+from ..runtime.files import write_atomically
 from ..runtime.ranges import TensorRange
 from .base import Refusal
 from .reporting.records import GraphChange, Latency, Weights
@@ -90,6 +90,7 @@ class Report:
         latency: time of each operator for some samples; empty where not asked for.
         analysis: error of each quantized layer, as ``Analysis.to_dict`` gives it; None where not asked for.
         pictures: SVG pictures by title, for the page. They are not stored: what they show is in the model's metadata.
+        search: what ``lathe.optimize`` tried, where it chose the passes (``onnxlathe/optimizing/trials.py``).
     """
 
     source: str = ""
@@ -107,6 +108,7 @@ class Report:
     latency: list[Latency] = dataclasses.field(default_factory=lambda: list[Latency]())
     analysis: dict[str, Any] | None = None
     pictures: dict[str, str] = dataclasses.field(default_factory=lambda: dict[str, str]())
+    search: dict[str, Any] = dataclasses.field(default_factory=lambda: dict[str, Any]())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready data, without the pictures."""

@@ -12,7 +12,8 @@ import typer
 from onnxlathe.runtime.errors import LatheError, PassError
 
 from .cli_devices import plan, serve, split
-from .options import Device, Model, Output, Samples, Threads, status
+from .cli_goal import GoalOption, MaxDrop, Plot, Sizes, TimeBudget
+from .options import Device, Model, OptionalOutput, Output, Samples, Target, Threads, status
 
 app = typer.Typer(
     help="A compiler for ONNX models whose every rewrite is checked against what ONNX Runtime really executes.",
@@ -71,15 +72,23 @@ def export(
 @app.command()
 def compile(
     model: Model,
-    output: Output,
+    output: OptionalOutput = None,
     passes: Annotated[
         str, typer.Option(help="a preset, or pass names with options: fuse-gelu,fold-constants:growth_limit=0")
     ] = "cpu-fp32",
-    target: Device = "cpu",
+    target: Target = "cpu",
     threads: Threads = 0,
     calibration: Annotated[
-        Path | None, typer.Option(help=".npz file (input name -> array) or a folder of them; else made")
+        Path | None,
+        typer.Option(
+            "--calibration", "--samples", help=".npz file (input name -> array) or a folder of them; else made"
+        ),
     ] = None,
+    goal: GoalOption = None,
+    max_drop: MaxDrop = "1%",
+    time_budget: TimeBudget = "20m",
+    sizes: Sizes = None,
+    plot: Plot = None,
     tolerance: Annotated[float | None, typer.Option(help="largest relative error of exact passes")] = None,
     speed_gate: Annotated[bool | None, typer.Option(help="drop what is measured slower; default: the preset's")] = None,
     on_error: Annotated[str, typer.Option(help="raise, or skip a failing pass")] = "raise",
@@ -87,13 +96,31 @@ def compile(
     json: Annotated[Path | None, typer.Option(help="also write the report as JSON")] = None,
     report: Annotated[Path | None, typer.Option(help="also write the report as a page, .html")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="also time each operator and compare each layer")] = False,
+    bundle: Annotated[bool, typer.Option("--bundle", help="write a folder that tests itself anywhere")] = False,
 ) -> None:
     """Compiles a model, prints what changed, writes the result.
 
     Example: onnxlathe compile model.onnx -o fast.onnx --passes cpu-fp32 --threads 4
+
+    Example: onnxlathe compile model.onnx --for cpu --goal speed --max-drop 1% --samples texts.npz
+
+    Example: onnxlathe compile model.onnx -o small.onnx --passes edge --calibration x.npz --target web --bundle
     """
+    if goal is not None:
+        from .cli_goal import compile_for_goal
+
+        written = compile_for_goal(
+            model, output, goal, max_drop, time_budget, samples=calibration, sizes=sizes or [], target=target,
+            threads=threads, json=json, plot=plot,
+        )  # fmt: skip
+        typer.echo(f"wrote {written} ({_size(written)})")
+        return
+    if output is None:
+        raise LatheError("compile does not know where the result goes.", "Give -o fast.onnx (or --goal).")
     if on_error not in ("raise", "skip"):
         raise PassError(f"--on-error is {on_error!r}.", "Use raise or skip.")
+    from onnxlathe.runtime.generation.tokenizer import FILE as TOKENIZER
+
     from .api import compile as compile_model
     from .arguments import check_writable, parse_passes
     from .chat import carry_tokenizer
@@ -112,15 +139,15 @@ def compile(
         on_error=on_error,
         profile=profile,
     )
-    carry_tokenizer(model, out.model, output)
-    out.save(output)
+    tokenizer = carry_tokenizer(model, out.model, None if bundle else output)
+    written = out.save(output, bundle=bundle, extra={TOKENIZER: tokenizer} if tokenizer else None)
     out.report.print(refusals=refusals)
     if json is not None:
         out.report.save_json(json)
     if report is not None:
         out.report.html(report)
         typer.echo(f"wrote {report}")
-    typer.echo(f"wrote {output} ({_size(output)})")
+    typer.echo(f"wrote {written} ({_size(written)})")
 
 
 @app.command()
@@ -216,6 +243,19 @@ def diff(before: Model, after: Model, samples: Samples = None) -> None:
 
 
 @app.command()
+def check(
+    model: Model, target: Annotated[str, typer.Option("--target", help="cpu, cuda, web or mobile")] = "cpu"
+) -> None:
+    """Says whether a model can run on a target, and names the operators that cannot.
+
+    Example: onnxlathe check model.onnx --target web
+    """
+    from .look import print_check
+
+    print_check(model, target)
+
+
+@app.command()
 def analyze(
     float_model: Annotated[Path, typer.Argument(help="the .onnx file that was quantized", show_default=False)],
     quantized_model: Annotated[Path, typer.Argument(help="the quantized .onnx file", show_default=False)],
@@ -302,5 +342,5 @@ def demo(
 def _size(path: Path) -> str:
     from onnxlathe.compiler.report import format_bytes
 
-    data = [file for file in path.parent.glob(f"{path.name}.*data") if file.is_file()]
-    return format_bytes(sum(file.stat().st_size for file in [path, *data]))
+    files = path.rglob("*") if path.is_dir() else [path, *path.parent.glob(f"{path.name}.*data")]
+    return format_bytes(sum(file.stat().st_size for file in files if file.is_file()))
