@@ -21,6 +21,7 @@ from onnxlathe.compiler.base import Refusal
 from onnxlathe.compiler.memory_plan import PLAN_KEY, MemoryPlan, PlannedBuffer, pack_plans
 from onnxlathe.compiler.report import PassRecord, Report, Speed
 from onnxlathe.compiler.reporting.records import Latency, NodeTime
+from onnxlathe.optimizing.trials import Search, Trial
 from onnxlathe.passes.memory.plan_memory import PlanMemory
 from onnxlathe.passes.quantization.quantize_static import QuantizeStatic
 from onnxlathe.reporting import memory_pictures
@@ -188,6 +189,11 @@ def evil_report() -> Report:
         },
         "latency": [dataclasses.asdict(Latency(EVIL, 1, {EVIL: (1.0, 1.0)}, ([NodeTime(EVIL, EVIL, 1.0)], [])))],
         "analysis": {"outputs": [output], "layers": [layer], "samples": 1, "notes": [EVIL]},
+        "search": {
+            "goal": EVIL, "metric": EVIL, "limit": 0.01, "chosen": EVIL, "judged": 3, "made": True, "notes": [EVIL],
+            "trials": [{"name": EVIL, "speed": 2.0, "speeds": {EVIL: 2.0}, "drop": 0.002, "bytes": 10, "status": EVIL,
+                        "front": True}],
+        },
     }  # fmt: skip
     return Report.from_dict(json.loads(json.dumps(data)))
 
@@ -253,6 +259,20 @@ def test_failed_writing_keeps_the_old_page(compiled: Any, tmp_path: Path, monkey
     with pytest.raises(OSError, match="no space"):
         compiled.report.html(target)
     assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_search_is_shown(tmp_path: Path) -> None:
+    """Every pipeline tried, the one taken marked, in the table and in the picture."""
+    search = Search("speed", "1 - cosine", 0.01, chosen="int8", bytes=100, judged=8, notes=["no GPU here"])
+    for name, drop, speed, status in (("fp32", 0.0, 1.5, ""), ("int8", 0.004, 3.0, ""), ("int4", 0.3, 2.0, "too far")):
+        search.trials.append(Trial(name, "", False, drop, {"(1,16)": speed}, {"(1,16)": 1.0}, bytes=50, status=status))
+    search.trials.append(Trial("broken", status="failed: no samples"))
+    text = write(Report(search=json.loads(json.dumps(search.to_dict()))), tmp_path)
+    page = flat(Page(text))
+    assert "Taken: int8" in page and "too far" in page and "failed: no samples" in page and "no GPU here" in page
+    assert "at most 0.01 of 1 - cosine on 8 samples" in page and "3.00 ×" in page
+    taken, others = (re.search(rf'<path class="dots {kind}" d="([^"]*)"', text) for kind in ("taken", "others"))
+    assert taken is not None and others is not None and (taken[1].count("M"), others[1].count("M")) == (1, 3)
 
 
 # ---- what is measured
