@@ -25,6 +25,8 @@ from .graph import count_ops, weight_bytes
 from .kept_caches import KeptCaches
 from .ranks import save_ranks
 from .report import PassRecord, Report, Speed
+from .reporting.compare import compare_graphs
+from .reporting.profiling import Side, profile
 from .save_parts import save_stages
 from .variants import is_quantized
 
@@ -107,6 +109,7 @@ class Settings:
     Attributes:
         samples: feeds for the numeric comparison; empty: numbers are not compared (and the report says so).
         timed: feeds for the speed gate; empty: no gate.
+        profiled: feeds on which the operators are timed and quantized layers compared, for the report; empty: not done.
         tolerance: largest relative error of EXACT passes; None takes each pass's own.
         on_error: ``"raise"`` stops at a failing pass, ``"skip"`` leaves it out and says so.
         target: where the model will run; a pass that makes nodes which ``web`` or ``mobile`` cannot run is left out.
@@ -114,6 +117,7 @@ class Settings:
 
     samples: Sequence[Feeds] = ()
     timed: Sequence[Feeds] = ()
+    profiled: Sequence[Feeds] = ()
     tolerance: float | None = None
     on_error: OnError = "raise"
     target: Target = "cpu"
@@ -124,7 +128,8 @@ class _State:
     """The last accepted graph with its results and session options.
 
     ``reference`` is what the original gave, as the passes so far are expected to have changed it.
-    ``samples``, ``timed`` and ``feeds`` are those of the compile as it takes them: a pass may leave out caches.
+    ``samples``, ``timed``, ``profiled`` and ``feeds`` are those of the compile as it takes them: a pass may leave out
+    caches.
     ``spare`` is a clone of it that a pass left as it was, for the next pass to work on.
     """
 
@@ -134,6 +139,7 @@ class _State:
     config: dict[str, Any]
     samples: Sequence[Feeds] = ()
     timed: Sequence[Feeds] = ()
+    profiled: Sequence[Feeds] = ()
     feeds: Iterable[Feeds] = ()
     spare: ir.Model | None = None
 
@@ -153,7 +159,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     verify.check_structure(model)
     context.progress("running the original")
     results = _original_results(model, settings)
-    original = _State(model, results, results, {}, settings.samples, settings.timed, context.feeds)
+    original = _State(model, results, results, {}, settings.samples, settings.timed, settings.profiled, context.feeds)
     state = dataclasses.replace(original, model=model.clone())
     context = dataclasses.replace(context, original=model)
     for step in passes:
@@ -178,6 +184,11 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     if settings.timed:
         context.progress("measuring the result")
         report.speed = _speed(original, state, context)
+    context.progress("comparing the graphs")
+    report.graph, report.weights = compare_graphs(model, state.model)
+    if settings.profiled:
+        sides = [Side(item.model, item.config, item.profiled) for item in (original, state)]
+        profile(report, sides[0], sides[1], context)
     sample = dict(state.samples[0]) if state.samples else None
     return Compiled(state.model, report, state.config, sample)
 
@@ -252,12 +263,14 @@ def _lost(before: ir.Model, after: ir.Model, target: Target) -> str:
 
 def _adapted(state: _State, kept: KeptCaches, candidate: ir.Model) -> _State:
     """``state`` with samples and results as ``candidate`` takes and gives them."""
-    samples, timed, results, reference = (
+    samples, timed, profiled, results, reference = (
         [kept.of(arrays, candidate) for arrays in items]
-        for items in (state.samples, state.timed, state.results, state.reference)
+        for items in (state.samples, state.timed, state.profiled, state.results, state.reference)
     )
     feeds = kept.samples(state.feeds, candidate) if state.feeds != () else ()
-    return dataclasses.replace(state, samples=samples, timed=timed, results=results, reference=reference, feeds=feeds)
+    return dataclasses.replace(
+        state, samples=samples, timed=timed, profiled=profiled, results=results, reference=reference, feeds=feeds
+    )
 
 
 def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, record: PassRecord) -> verify.Results:

@@ -35,6 +35,8 @@ from onnxlathe.runtime.providers import Device
 from onnxlathe.runtime.ranges import TensorRange
 from onnxlathe.runtime.targets import Target, check_target, device_of, facts
 
+from .reporting import call_text, memory_pictures
+
 if TYPE_CHECKING:
     import torch
 
@@ -62,8 +64,9 @@ def compile(
     speed_gate: bool | None = None,
     verify: bool = True,
     on_error: OnError = "raise",
+    profile: bool = False,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Callable[[str], None] = True,
 ) -> Compiled:
     """Compiles a model.
 
@@ -83,8 +86,10 @@ def compile(
         speed_gate: measure each pass on the target and drop what is slower; None: as the preset says.
         verify: compare the numbers after each pass.
         on_error: ``"raise"``, or ``"skip"`` to leave a failing pass out and say so in the report.
+        profile: also measure, for the report, the time of each operator before and after and, of a quantized model,
+            the error of each layer.
         seed: seed of the samples and of passes that draw random numbers.
-        progress: show what is being done on a terminal.
+        progress: show what is being done on a terminal; or a function that is told.
 
     Raises:
         ModelError: the model or the samples cannot be used, or the target cannot run the result.
@@ -92,11 +97,12 @@ def compile(
         VerifyError: a pass changed the numbers beyond the tolerance.
         RuntimeUnavailable: the target is not there.
     """
+    call = call_text(compile, locals())
     device = device_of(target)
     place: Target = target if target in ("web", "mobile") else device
     steps, preset_gate = resolve_passes(passes)
-    graph = _to_graph(model, args)
-    with _progress(progress) as sink, _gc_paused():
+    graph = to_graph(model, args)
+    with progress_sink(progress) as sink, _gc_paused():
         sink("checking the model")
         infer_shapes(graph)
         check_model(graph)
@@ -107,7 +113,7 @@ def compile(
         if not samples:
             raise ModelError("No samples were given.", "Give at least one, or leave calibration out.")
         gate = preset_gate if speed_gate is None else speed_gate
-        timed = (samples if feeds is not None else _timed(graph, seed, device)) if gate else []
+        measured = (samples if feeds is not None else timed_samples(graph, seed, device)) if gate or profile else []
         context = PassContext(
             device=device,
             threads=threads,
@@ -117,7 +123,14 @@ def compile(
             progress=sink,
             costs=KernelCosts.of_machine(device, threads, progress=sink),
         )
-        settings = Settings(_compared(graph, samples) if verify else [], timed, tolerance, on_error, place)
+        settings = Settings(
+            samples=_compared(graph, samples) if verify else [],
+            timed=measured if gate else [],
+            profiled=measured if profile else [],
+            tolerance=tolerance,
+            on_error=on_error,
+            target=place,
+        )
         compiled = run_pipeline(graph, steps, context, settings)
         sink("checking the result")
         check_model(compiled.model)
@@ -127,12 +140,18 @@ def compile(
     compiled.report = dataclasses.replace(
         compiled.report,
         source=str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__,
-        environment=environment(threads),
+        environment={**environment(threads), "call": call},
+        pictures=memory_pictures(compiled.model),
     )
     return compiled
 
 
-def _to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
+def to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
+    """The graph of anything that ``compile`` takes.
+
+    Raises:
+        ModelError: it is no model, or a torch module without example inputs.
+    """
     if isinstance(model, (ir.Model, onnx.ModelProto, str, os.PathLike)):
         return load_model(model)
     if hasattr(model, "state_dict") and hasattr(model, "forward"):
@@ -173,7 +192,7 @@ def _compared(graph: ir.Model, samples: list[dict[str, np.ndarray[Any, Any]]]) -
     return samples[1:2] or samples[:1] if weight_bytes(graph) > _LARGE else samples
 
 
-def _timed(graph: ir.Model, seed: int, device: Device) -> list[dict[str, np.ndarray[Any, Any]]]:
+def timed_samples(graph: ir.Model, seed: int, device: Device) -> list[dict[str, np.ndarray[Any, Any]]]:
     """Made samples for the speed gate: those of the usual sizes that the model can run, else one of those checked."""
     cached = any("past" in (value.name or "") for value in graph.graph.inputs)
     sizes = _TIMED_DECODER if cached else _TIMED_ENCODER
@@ -202,8 +221,11 @@ def _gc_paused() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _progress(wanted: bool) -> Generator[Callable[[str], None]]:
+def progress_sink(wanted: bool | Callable[[str], None]) -> Generator[Callable[[str], None]]:
     """A sink that shows the current step on stderr, if that is a terminal."""
+    if callable(wanted):
+        yield wanted
+        return
     if not wanted or not sys.stderr.isatty():
         yield no_progress
         return

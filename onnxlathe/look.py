@@ -28,6 +28,7 @@ from onnxlathe.runtime.session import Session
 from onnxlathe.runtime.targets import check_target, describe, facts, read_target
 
 from .arguments import check_writable
+from .reporting import memory_pictures
 
 _SHOWN = 10
 
@@ -100,7 +101,31 @@ def print_inspect(path: Path) -> None:
         console.print(f"session options: {json.dumps(config)}", highlight=False)
     if REPORT_KEY in model.metadata_props:
         console.print(f"compiled by onnxlathe {model.metadata_props.get(VERSION_KEY, '')}:", highlight=False)
-        Report.from_dict(json.loads(model.metadata_props[REPORT_KEY])).print(console)
+        _stored_report(path, model).print(console)
+
+
+def write_page(path: Path, page: Path) -> None:
+    """Writes the report stored in an artifact as a page.
+
+    Raises:
+        ModelError: the model holds no report.
+        LatheError: jinja2 is not installed.
+    """
+    check_writable(page, [path])
+    model = load(path)
+    report = _stored_report(path, model)
+    report.pictures = memory_pictures(model)
+    report.html(page)
+    Console().print(f"wrote {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _stored_report(path: Path, model: ir.Model) -> Report:
+    if REPORT_KEY not in model.metadata_props:
+        raise ModelError(f"{path} holds no report of onnxlathe.", "Compile it with `onnxlathe compile`.")
+    try:
+        return Report.from_dict(json.loads(model.metadata_props[REPORT_KEY]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"The report in {path} cannot be read ({error}).", "Compile the model again.") from error
 
 
 def print_diff(before: Path, after: Path, samples: Path | None) -> None:

@@ -113,6 +113,8 @@ def test_stories_through_stages_are_the_same(in_place: bool, exported_stories: i
     expected = lathe.Session(model, threads=1).generate(prompts, 40)
     for k in (2, 3):
         session = lathe.StagedSession(staged(model, tmp_path / f"{k}", k), threads=1)
+        caches = [name for part in session.manifest.parts for name in part.cache]
+        assert sorted(caches) == sorted(v.name for v in model.graph.inputs if "past" in v.name), "each in one stage"
         assert all(part.cache for part in session.manifest.parts[: k - 1]), "each stage keeps a cache of its own"
         for got, wanted in zip(session.generate(prompts, 40), expected, strict=True):
             np.testing.assert_array_equal(got, wanted)
