@@ -239,8 +239,12 @@ def _table(name: str, known: Known, timed: dict[str, Any]) -> Table:
             cells.append(f"{figures[label]['ratio']:.2f} ±{figures[label]['spread']:.2f}{said}")
         quality = known[technique].get("quality")
         table.add_row(row, *cells, "" if quality is None else f"{quality:.4f}")
-    singles = [row for row in ("width 20 %", "int8", "2 workers", "memory") if timed["speed"].get(row)]
-    products = [math.prod(timed["speed"][row][label]["ratio"] for row in singles) for label in labels]
+    speed = {row: [cells[label]["ratio"] for label in labels] for row, cells in timed["speed"].items() if cells}
+    if "cache copied" in speed:  # the same graph, with its cache in place and copied
+        in_place = [a / b for a, b in zip(speed["fused"], speed["cache copied"], strict=True)]
+        table.add_row("memory: cache in place", f"{CLAIMS['memory']:.1f}", *(f"{value:.2f}" for value in in_place))
+    singles = [row for row in ("width 20 %", "int8", "8-bit weights", "2 workers", "memory") if row in speed]
+    products = [math.prod(column) for column in zip(*(speed[row] for row in singles), strict=True)]
     table.add_row(f"product of {', '.join(singles)}", "", *(f"{value:.2f}" for value in products))
     return table
 
