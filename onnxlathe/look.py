@@ -15,16 +15,20 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxlathe.compiler.graph import PASS_KEY, all_nodes, count_ops, opset, qualified_op, weight_bytes
+from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.report import Report, format_bytes, print_op_table
 from onnxlathe.compiler.verify import relative_error, run_reference
 from onnxlathe.passes import PASSES
 from onnxlathe.passes.presets import PRESETS
-from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config, write_atomically
+from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
+from onnxlathe.runtime.files import write_atomically
 from onnxlathe.runtime.session import Session
+from onnxlathe.runtime.targets import check_target, describe, facts, read_target
 
 from .arguments import check_writable
+from .reporting import memory_pictures
 
 _SHOWN = 10
 
@@ -50,6 +54,22 @@ def print_run(model: Path, samples: Path | None, output: Path | None, target: st
         np.savez(buffer, allow_pickle=False, **results)
         write_atomically(output, buffer.getvalue())
         Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_check(path: Path, target: str) -> None:
+    """Prints what is known of the model on ``target``.
+
+    Raises:
+        ModelError: it cannot run there; or there is no such target.
+    """
+    place = read_target(target)
+    model = load_model(path)
+    infer_shapes(model)
+    check_target(model, place)
+    console = Console()
+    console.print(f"{path.name} runs on {place}: {describe(place)}", highlight=False, markup=False)
+    for fact in facts(model, place):
+        console.print(fact, highlight=False, markup=False)
 
 
 def print_inspect(path: Path) -> None:
@@ -81,7 +101,31 @@ def print_inspect(path: Path) -> None:
         console.print(f"session options: {json.dumps(config)}", highlight=False)
     if REPORT_KEY in model.metadata_props:
         console.print(f"compiled by onnxlathe {model.metadata_props.get(VERSION_KEY, '')}:", highlight=False)
-        Report.from_dict(json.loads(model.metadata_props[REPORT_KEY])).print(console)
+        _stored_report(path, model).print(console)
+
+
+def write_page(path: Path, page: Path) -> None:
+    """Writes the report stored in an artifact as a page.
+
+    Raises:
+        ModelError: the model holds no report.
+        LatheError: jinja2 is not installed.
+    """
+    check_writable(page, [path])
+    model = load(path)
+    report = _stored_report(path, model)
+    report.pictures = memory_pictures(model)
+    report.html(page)
+    Console().print(f"wrote {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _stored_report(path: Path, model: ir.Model) -> Report:
+    if REPORT_KEY not in model.metadata_props:
+        raise ModelError(f"{path} holds no report of onnxlathe.", "Compile it with `onnxlathe compile`.")
+    try:
+        return Report.from_dict(json.loads(model.metadata_props[REPORT_KEY]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"The report in {path} cannot be read ({error}).", "Compile the model again.") from error
 
 
 def print_diff(before: Path, after: Path, samples: Path | None) -> None:

@@ -58,6 +58,11 @@ PRESETS: dict[str, Preset] = {
         ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE_INT8, "cleanup", *_INT8, "cleanup"),
         True,
     ),
+    "cpu-int8-dynamic": Preset(
+        "int8 on the CPU provider without samples: scales of activations are found in each run.",
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE_INT8, "cleanup", "quantize-dynamic", *_INT8[2:], "cleanup"),
+        True,
+    ),
     "cpu-int4": Preset(
         "Weights in blocks of 4 bits (head and tables 8) on the CPU provider, the rest as cpu-fp32.",
         ("upgrade-opset", *_CLEAN, *_FUSE, "quantize-weights", "cleanup"),

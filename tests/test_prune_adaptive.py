@@ -18,9 +18,10 @@ from onnxlathe.compiler.verify import check_structure, compare, run_reference
 from onnxlathe.passes import PruneAdaptive
 from onnxlathe.passes.low_bit.mixed_precision import solve
 from onnxlathe.passes.pruning.blocks import residual_stream
-from onnxlathe.passes.pruning.choices import modules_of, part_bytes, part_times, shrunk
+from onnxlathe.passes.pruning.choices import modules_of, shrunk
 from onnxlathe.passes.pruning.coupling_rules import coupling_of
 from onnxlathe.passes.pruning.fit import mask
+from onnxlathe.passes.pruning.part_costs import part_bytes, part_times
 from onnxlathe.runtime.errors import PassError
 from onnxlathe.runtime.feeds import make_feeds
 from rewriting import from_text

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.base import Feeds
+from ...compiler.base import Feeds, PassContext
 from ...runtime.errors import ModelError
+from ...runtime.feeds import make_feeds
 from ...runtime.inference import open_session, run_session, session_options
 from ...runtime.providers import Device
 from .streams import PATIENT, token_rows
 
 _MOST_NUMBERS = 1 << 24  # of the reference's outputs that are kept
+_EFFECT_SAMPLES = 8
 
 
 class OutputEffect:
@@ -113,6 +116,12 @@ class Swap:
             run_session(self._session, {**sample, **arrays}, [self._effect.output])[self._effect.output]
             for sample in self._effect.samples
         )
+
+
+def effect_samples(model: ir.Model, context: PassContext, count: int = _EFFECT_SAMPLES) -> list[Feeds]:
+    """The samples on which effects are measured: the first ``count`` given, else made ones."""
+    samples = list(itertools.islice(context.feeds, count))
+    return samples or make_feeds(model, context.seed)
 
 
 def _compared_output(model: ir.Model) -> tuple[str, bool]:

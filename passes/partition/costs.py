@@ -15,7 +15,6 @@ import onnx_ir as ir
 from ...compiler.base import PassContext
 from ...compiler.graph import Array
 from ...runtime.divided.parts import reads
-from ...runtime.errors import LatheError
 from ...runtime.feeds import make_feeds
 from ...runtime.node_profile import NodeProfile, Shape, profile_nodes, set_types
 from ..memory.lifetimes import Flow, Sizes, flow_of

@@ -15,18 +15,18 @@ from ...compiler.graph import Array, remove_dead, weight_bytes
 from ...runtime.errors import PassError
 from ...runtime.feeds import make_feeds
 from ...runtime.inference import open_session, run_session, session_options
-from ..low_bit.low_bit import effect_samples
 from ..low_bit.mixed_precision import solve
-from ..low_bit.output_effect import OutputEffect
+from ..low_bit.output_effect import OutputEffect, effect_samples
 from ..low_bit.streams import PATIENT
 from .blocks import Half, residual_stream
 from .bypass import drop_caches
-from .choices import Losses, Module, leave_bias, modules_of, part_bytes, part_times, shrunk
+from .choices import Losses, Module, leave_bias, modules_of, shrunk
 from .coupling_rules import coupling_of
 from .cut import cut, drop_unused
 from .fit import refit
 from .module_times import relative_time
 from .obs import Ranking
+from .part_costs import part_bytes, part_times
 from .prune_width import WIDTH_KEY, PruneWidth
 from .statistics import needs_samples
 

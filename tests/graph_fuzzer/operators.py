@@ -10,10 +10,41 @@ from .builder import FLOATS, Builder, NoSuchValue, Shape, Value, broadcast
 
 Step = Callable[[Builder], None]
 _NUMBERS = (*FLOATS, "int64", "int32")
-_UNARY = """Abs Neg Relu LeakyRelu Elu Selu Sigmoid Tanh Erf Floor Ceil Round Sign Sin Cos Atan Softplus Softsign
-    HardSigmoid Identity Identity""".split()
+_UNARY = [
+    "Abs",
+    "Neg",
+    "Relu",
+    "LeakyRelu",
+    "Elu",
+    "Selu",
+    "Sigmoid",
+    "Tanh",
+    "Erf",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Sign",
+    "Sin",
+    "Cos",
+    "Atan",
+    "Softplus",
+    "Softsign",
+    "HardSigmoid",
+    "Identity",
+    "Identity",
+]
 _UNARY_SINCE = {"Celu": 12, "HardSwish": 14, "Mish": 18, "Gelu": 20}
-_REDUCTIONS = "ReduceMean ReduceMax ReduceMin ReduceSumSquare ReduceL2 ReduceL1 ReduceProd ReduceSum ReduceSum".split()
+_REDUCTIONS = [
+    "ReduceMean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceSumSquare",
+    "ReduceL2",
+    "ReduceL1",
+    "ReduceProd",
+    "ReduceSum",
+    "ReduceSum",
+]
 
 
 def unary(b: Builder) -> None:
@@ -203,7 +234,9 @@ def convolution(b: Builder) -> None:
 def image(b: Builder) -> Value:
     """A value [n, channels, size, size]."""
     try:
-        return b.pick(rank=4, where=lambda v: all(isinstance(d, int) and d > 1 for d in v.shape[1:]) and v.shape[1] <= 8)
+        return b.pick(
+            rank=4, where=lambda v: all(isinstance(d, int) and d > 1 for d in v.shape[1:]) and v.shape[1] <= 8
+        )
     except NoSuchValue:
         return b.input(("n", 4, 8, 8))
 
@@ -221,7 +254,11 @@ def quantized(b: Builder) -> None:
     x = b.pick()
     scale = b.constant(np.float32(b.random.choice([0.05, 0.1])))
     if b.chance(0.3):
-        q, s, z = Value(b.fresh("q"), "uint8", x.shape), Value(b.fresh("s"), "float32", ()), Value(b.fresh("z"), "uint8", ())
+        q, s, z = (
+            Value(b.fresh("q"), "uint8", x.shape),
+            Value(b.fresh("s"), "float32", ()),
+            Value(b.fresh("z"), "uint8", ()),
+        )
         b.node("DynamicQuantizeLinear", [x], [q, s, z])
         b.op("DequantizeLinear", [q, s, z], x.shape, "float32")
         return

@@ -36,7 +36,7 @@ def _holds(fails: Callable[[Case], bool], case: Case) -> bool:
         return False
 
 
-def _smaller(proto: onnx.ModelProto):  # noqa: ANN202
+def _smaller(proto: onnx.ModelProto):
     """Models with fewer nodes: one output only, or one value made an input."""
     names = [value.name for value in ir.from_proto(proto).graph.outputs]
     made = [value.name for node in ir.from_proto(proto).graph for value in node.outputs if value.name]

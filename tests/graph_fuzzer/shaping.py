@@ -40,7 +40,11 @@ def reshape(b: Builder) -> None:
             b.op("Reshape", [y, _target(b, x, [last])], x.shape)
     elif len(x.shape) == 3:
         merged = (f"{lead[0]}*{lead[1]}", last)
-        flat = b.op("Flatten", [x], merged, axis=2) if kind == "flatten" else b.op("Reshape", [x, b.ints(-1, last)], merged)
+        flat = (
+            b.op("Flatten", [x], merged, axis=2)
+            if kind == "flatten"
+            else b.op("Reshape", [x, b.ints(-1, last)], merged)
+        )
         b.op("Reshape", [b.op("Relu", [flat]) if b.chance(0.5) else flat, _target(b, x, [last])], x.shape)
 
 
