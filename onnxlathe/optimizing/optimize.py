@@ -130,7 +130,7 @@ def optimize(
             )  # fmt: skip
             if best is None:
                 out = compile(graph, [], verify=False, progress=False, target=device, threads=threads)
-                result = Optimized(graph, out.report, read_config(graph.metadata_props), search)
+                result = Optimized(graph, out.report, read_config(graph.metadata_props), search=search)
             else:
                 result = Optimized.read(kept.model(best.passes), search)
                 result.report.speed = Speed(min(best.speeds.values()), best.noise, best.speeds)
