@@ -256,7 +256,7 @@ def test_failed_writing_keeps_the_old_page(compiled: Any, tmp_path: Path, monkey
         raise OSError("no space")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(lathe.LatheError, match="no space"):
         compiled.report.html(target)
     assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
