@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +20,26 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxlathe.compiler.graph import PASS_KEY, all_nodes, count_ops, opset, qualified_op, weight_bytes
+from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.report import Report, format_bytes, print_op_table
 from onnxlathe.compiler.verify import relative_error, run_reference
 from onnxlathe.passes import PASSES
 from onnxlathe.passes.presets import PRESETS
-from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config, write_atomically
-from onnxlathe.runtime.errors import ModelError
+from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
+from onnxlathe.runtime.errors import LatheError, ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
+from onnxlathe.runtime.files import write_atomically
 from onnxlathe.runtime.session import Session
+from onnxlathe.runtime.targets import check_target, describe, facts, read_target
 
 from .arguments import check_writable
+from .reporting import memory_pictures
 
 _SHOWN = 10
+# What serves a second model.
+_SERVE = """import sys, netron
+netron.start(sys.argv[1], ("localhost", int(sys.argv[2])), browse=sys.argv[3] == "1")
+netron.wait()"""
 
 
 def print_run(model: Path, samples: Path | None, output: Path | None, target: str, threads: int) -> None:
@@ -50,6 +63,22 @@ def print_run(model: Path, samples: Path | None, output: Path | None, target: st
         np.savez(buffer, allow_pickle=False, **results)
         write_atomically(output, buffer.getvalue())
         Console().print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_check(path: Path, target: str) -> None:
+    """Prints what is known of the model on ``target``.
+
+    Raises:
+        ModelError: it cannot run there; or there is no such target.
+    """
+    place = read_target(target)
+    model = load_model(path)
+    infer_shapes(model)
+    check_target(model, place)
+    console = Console()
+    console.print(f"{path.name} runs on {place}: {describe(place)}", highlight=False, markup=False)
+    for fact in facts(model, place):
+        console.print(fact, highlight=False, markup=False)
 
 
 def print_inspect(path: Path) -> None:
@@ -81,7 +110,70 @@ def print_inspect(path: Path) -> None:
         console.print(f"session options: {json.dumps(config)}", highlight=False)
     if REPORT_KEY in model.metadata_props:
         console.print(f"compiled by onnxlathe {model.metadata_props.get(VERSION_KEY, '')}:", highlight=False)
-        Report.from_dict(json.loads(model.metadata_props[REPORT_KEY])).print(console)
+        _stored_report(path, model).print(console)
+
+
+def write_page(path: Path, page: Path) -> None:
+    """Writes the report stored in an artifact as a page.
+
+    Raises:
+        ModelError: the model holds no report.
+        LatheError: jinja2 is not installed.
+    """
+    check_writable(page, [path])
+    model = load(path)
+    report = _stored_report(path, model)
+    report.pictures = memory_pictures(model)
+    report.html(page)
+    Console().print(f"wrote {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _stored_report(path: Path, model: ir.Model) -> Report:
+    if REPORT_KEY not in model.metadata_props:
+        raise ModelError(f"{path} holds no report of onnxlathe.", "Compile it with `onnxlathe compile`.")
+    try:
+        return Report.from_dict(json.loads(model.metadata_props[REPORT_KEY]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"The report in {path} cannot be read ({error}).", "Compile the model again.") from error
+
+
+def view_models(paths: Sequence[Path], port: int, browser: bool) -> None:
+    """Serves models in Netron, each at a port of its own from ``port`` on, until Ctrl-C.
+
+    Netron keeps one model a process: the first is served by this one, the others by children.
+
+    Raises:
+        LatheError: Netron is not installed, or a port is taken.
+        ModelError: a file is no model.
+    """
+    if importlib.util.find_spec("netron") is None:
+        raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
+    import netron
+
+    for number, path in enumerate(paths):
+        load(path)  # a clear error instead of an empty page
+        _check_free(port + number)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, path in enumerate(paths[1:], 1):
+            arguments = [str(path), str(port + number), str(int(browser))]
+            children.append(subprocess.Popen([sys.executable, "-c", _SERVE, *arguments]))
+        netron.start(str(paths[0]), ("localhost", port), browse=browser)  # says the address
+        netron.wait()
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise LatheError(f"Cannot serve at port {port}: {reason}.", "Use --port.") from error
 
 
 def print_diff(before: Path, after: Path, samples: Path | None) -> None:

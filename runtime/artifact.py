@@ -183,26 +183,6 @@ def read_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     return json.loads(metadata.get(CONFIG_KEY, "{}"))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes to a temporary file beside ``path``, then renames it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.close()
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextlib.contextmanager
 def _stored(model: ir.Model, metadata: Mapping[str, str]) -> Generator[None]:
     before = dict(model.metadata_props)

@@ -324,7 +324,7 @@ def test_accuracy_level_of_qdq_is_a_session_option() -> None:
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
 def test_where_onnxruntime_has_integer_kernels(bits: int, size: int) -> None:
     """Probes what ``has_integer_kernel`` states: level 4 gives another result than level 0, or the same."""
-    from onnxlathe.passes.low_bit.low_bit import has_integer_kernel
+    from onnxlathe.passes.low_bit.accuracy_levels import has_integer_kernel
 
     weight = RNG.standard_normal((512, 64)).astype(np.float32)
     model = single("y = MatMul(x, w)", "float[b, s, 512] x", "float[b, s, 64] y", w=weight)
