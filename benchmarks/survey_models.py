@@ -168,7 +168,7 @@ def decoder(folder: Path) -> Subject:
         lambda path: nats(model := load(path), [_with_caches(sample, model) for sample in judged]),
         {
             "6 prompts of 256": {"prompt": np.resize(stock, (6, 256)), "new": np.array(1)},
-            "6 texts of 16 + 200": {"prompt": np.resize(stock, (6, 16)), "new": np.array(200)},
+            "6 texts of 16 + 64": {"prompt": np.resize(stock, (6, 16)), "new": np.array(64)},
         },
         PIPELINES,
         text=True,
