@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxlathe.compiler.report import format_bytes
-from onnxlathe.runtime.artifact import write_atomically
 from onnxlathe.runtime.errors import LatheError
+from onnxlathe.runtime.files import write_atomically
 
 ORIGINAL = "original"
 
