@@ -62,7 +62,8 @@ def page(kind: type[Pass], measured: dict[str, Any]) -> str:
     fields = [field for field in dataclasses.fields(kind) if field.repr]
     if fields:
         rows = "\n".join(
-            f"| `{field.name}` | {_cell(f'`{field.type}`')} | {_default(field)} | {_cell(meanings.get(field.name, ''))} |"
+            f"| `{field.name}` | {_cell(f'`{field.type}`')} | {_default(field)} "
+            f"| {_cell(meanings.get(field.name, ''))} |"
             for field in fields
         )
         lines.append("## Options\n\n| option | type | default | meaning |\n|---|---|---|---|\n" + rows)
@@ -87,11 +88,12 @@ def figure(name: str, measured: dict[str, Any]) -> str:
     if not row.get("applied"):
         return f"**Measured** on {row['model']}: it finds nothing to do there (`python benchmarks/passes.py`)."
     old, new = row["nodes"]
-    bars = [("time", 1 / row["speed"], row["noise"] / row["speed"]), ("bytes", row["bytes"], 0.0), ("nodes", new / old, 0.0)]
+    time = ("time", 1 / row["speed"], row["noise"] / row["speed"])
+    bars = [time, ("bytes", row["bytes"], 0.0), ("nodes", new / old, 0.0)]
     before, after = (f"{error:.0e}" for error in row["errors"])
     return (
-        f"## Measured\n\n{picture(bars)}\n\nWith the pass relative to without it, on {row['model']}; largest error against "
-        f"the original {before} without, {after} with it. Made by `python benchmarks/passes.py`."
+        f"## Measured\n\n{picture(bars)}\n\nWith the pass relative to without it, on {row['model']}; largest error "
+        f"against the original {before} without, {after} with it. Made by `python benchmarks/passes.py`."
     )
 
 
@@ -104,7 +106,8 @@ def picture(bars: list[tuple[str, float, float]]) -> str:
         f'<text x="{66 + value * scale:.1f}" y="{y + 13}">{value:.2f}{f" ± {noise:.2f}" if noise else ""}</text>'
         for y, (label, value, noise) in zip(range(4, 100, 24), bars, strict=False)
     ]
-    line = f'<line x1="{60 + scale:.1f}" x2="{60 + scale:.1f}" y1="0" y2="76" stroke="currentColor" stroke-dasharray="3"/>'
+    one = f"{60 + scale:.1f}"
+    line = f'<line x1="{one}" x2="{one}" y1="0" y2="76" stroke="currentColor" stroke-dasharray="3"/>'
     told = ", ".join(f"{label} {value:.2f}" for label, value, _ in bars)
     return (
         f'<svg viewBox="0 0 380 78" width="380" role="img" aria-label="With the pass, of without it: {told}" '

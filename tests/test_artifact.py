@@ -15,8 +15,9 @@ import pytest
 
 import onnxlathe as lathe
 from onnxlathe.runtime import artifact
-from onnxlathe.runtime.artifact import config_metadata, load, read_config, save, write_atomically
+from onnxlathe.runtime.artifact import config_metadata, load, read_config, save
 from onnxlathe.runtime.errors import ModelError
+from onnxlathe.runtime.files import write_atomically
 
 X = {"x": np.ones((2, 8), np.float32)}
 

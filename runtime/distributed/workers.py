@@ -20,6 +20,9 @@ Engine = Literal["auto", "ray", "threads"]
 _GET_RAY = 'Install it with: pip install "onnxlathe[distributed]", or use engine="threads".'
 
 
+SEE_LOGS = "See Ray's logs."
+
+
 class WorkerDied(Exception):
     """A worker is gone; what it was doing can be done by another one."""
 
@@ -136,7 +139,7 @@ class RayWorkers:
         except self._ray.exceptions.RayError as error:
             self.close()
             raise RuntimeUnavailable(
-                f"A worker did not start: {_cause(error)}", "Every machine needs the file."
+                f"A worker did not start: {cause(error)}", "Every machine needs the file."
             ) from error
 
     def submit(self, worker: int, feeds: Feeds) -> Future[dict[str, Array]]:
@@ -161,9 +164,10 @@ class RayWorkers:
         elif isinstance(error, LatheError):
             wanted.set_exception(ModelError(error.what, error.remedy))
         else:
-            wanted.set_exception(RuntimeUnavailable(f"A worker failed: {_cause(error)}", "See Ray's logs."))
+            wanted.set_exception(RuntimeUnavailable(f"A worker failed: {cause(error)}", SEE_LOGS))
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
+    """The last line of what Ray says."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
