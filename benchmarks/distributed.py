@@ -2,8 +2,9 @@
 
     python benchmarks/distributed.py [--only workers stages ranks plan]
 
-* workers: batches through one session with one thread, one default session, 2 workers with a thread each, in turns
-  (workers are threads that share a session; with --ray also Ray actors);
+* workers: batches through one session with one thread, one default session, 2 workers with a thread each, in turns;
+  one batch at a time, its rows divided, or a stream of batches (workers are threads that share a session; with --ray
+  also Ray actors). ``bound`` is what any setting can gain over a default session: cores over its own speed-up;
 * stages: bottleneck over its proven bound for k = 2..8 on the models of ``models/``, and a pipeline's bubble;
 * ranks: the part of a run that exchanges take;
 * plan: a decoder's measured step over the bound that ``onnxlathe plan`` gives for this machine's bandwidth.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import tempfile
 import time
@@ -83,34 +85,54 @@ def _workers(name: str, batch: dict[str, np.ndarray], folder: Path, seconds: flo
     path = folder / f"{name}.onnx"
     if not path.exists():
         save(exported(name), path)
+    two = "2 workers, threads"
     sides: dict[str, Callable[[], Any]] = {
         "1 session, 1 thread": lambda: lathe.Session(path, threads=1),
         "1 session, default threads": lambda: lathe.Session(path),
-        "2 workers, threads": lambda: DataParallel(path, 2, engine="threads"),
+        f"{two}, a batch": lambda: DataParallel(path, 2, engine="threads"),
+        f"{two}, a stream": lambda: DataParallel(path, 2, engine="threads"),
     }
     if ray:
-        sides["2 workers, ray"] = lambda: DataParallel(path, 2, engine="ray")
+        sides["2 workers, ray, a batch"] = lambda: DataParallel(path, 2, engine="ray")
+        sides["2 workers, ray, a stream"] = lambda: DataParallel(path, 2, engine="ray")
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(ROUNDS):
         for side, make in sides.items():
-            times[side].append(_median(make(), batch, seconds / ROUNDS / len(sides)))
+            times[side].append(_median(make(), batch, seconds / ROUNDS / len(sides), side.endswith("stream")))
     base = times["1 session, 1 thread"]
     ratios = {
         side: statistics.median(one / other for one, other in zip(base, found, strict=True))
         for side, found in times.items()
     }
-    return {**ratios, "best setting (workers, threads)": best_setting(path, batch, seconds / 4)}
+    default = times["1 session, default threads"]
+    found: dict[str, Any] = dict(ratios)
+    if ray:
+        found["ray over threads, a stream"] = ratios["2 workers, ray, a stream"] / ratios[f"{two}, a stream"]
+    setting = best_setting(path, batch, seconds / 8)
+    best = times[f"{two}, a stream"] if setting == (2, 1) else default
+    gain = statistics.median(one / other for one, other in zip(default, best, strict=True))
+    bound = len(os.sched_getaffinity(0)) / ratios["1 session, default threads"]
+    return {**found, "best setting (workers, threads)": setting, "best over default": gain, "bound": bound}
 
 
-def _median(model: Any, batch: dict[str, np.ndarray], seconds: float) -> float:
+def _median(model: Any, batch: dict[str, np.ndarray], seconds: float, stream: bool) -> float:
+    """Seconds a batch."""
+    batches = 8 if stream else 1
+
+    def run() -> None:
+        if stream:
+            list(model.map([batch] * batches))
+        else:
+            model.run(batch)
+
     for _ in range(3):
-        model.run(batch)
+        run()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
         start = time.perf_counter()
-        model.run(batch)
-        times.append(time.perf_counter() - start)
+        run()
+        times.append((time.perf_counter() - start) / batches)
     if hasattr(model, "close"):
         model.close()
     return statistics.median(times)
@@ -219,10 +241,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=choices, choices=choices)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where models are kept from run to run")
     options = parser.parse_args()
     content: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = options.folder or Path(temporary)
         if "workers" in options.only:
             content["workers"] = workers(folder, options.seconds, options.ray)
         if "stages" in options.only:

@@ -11,7 +11,7 @@ import typer
 
 from onnxlathe.runtime.errors import LatheError, PassError
 
-from .cli_devices import plan, serve, split
+from .cli_devices import place, plan, serve, split
 from .cli_goal import GoalOption, MaxDrop, Plot, Sizes, TimeBudget
 from .options import Device, Model, OptionalOutput, Output, Samples, Target, Threads, status
 
@@ -305,7 +305,7 @@ def view(
     netron.wait()
 
 
-for command in (serve, plan, split):
+for command in (serve, plan, place, split):
     app.command()(command)
 
 
