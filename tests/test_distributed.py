@@ -191,7 +191,7 @@ def test_a_ray_cluster_of_two_nodes(file: Path, tmp_path: Path) -> None:
     texts = divided_stories(tmp_path)
     command = [sys.executable, "-c", CLUSTER, str(file), str(tmp_path), json.dumps([PROMPTS, texts])]
     with (tmp_path / "log").open("w+") as log:  # Ray's daemons keep a pipe open
-        subprocess.run(command, stdout=log, stderr=log, timeout=120)
+        subprocess.run(command, stdout=log, stderr=log, timeout=240)
         log.seek(0)
         text = log.read()
     assert "nodes 2 right True" in text, text[-2000:]
