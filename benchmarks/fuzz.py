@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -47,6 +48,7 @@ class State:
     rules: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
     refusals: dict[str, Counter[str]] = dataclasses.field(default_factory=lambda: defaultdict(Counter))
     wrong: list[dict[str, object]] = dataclasses.field(default_factory=list)
+    crashed: list[dict[str, object]] = dataclasses.field(default_factory=list)
 
     def add(self, number: int, trial: Trial, verdict: Verdict) -> None:
         """Counts one verdict."""
@@ -69,12 +71,14 @@ class State:
         for name in ("verdicts", "rules", "refusals"):
             for key, counts in data[name].items():
                 getattr(state, name)[key].update(counts)
-        state.wrong = data["wrong"]
+        state.wrong, state.crashed = data["wrong"], data["crashed"]
         return state
 
 
 def try_graph(number: int, seed: int, state: State, failures: Path) -> None:
-    """Every pass whose turn it is on graph ``number``."""
+    """Every pass whose turn it is on graph ``number``; ``running`` in ``failures`` says which, should ORT crash."""
+    running = failures / "running"
+    running.write_text(f"{number} draw")
     random = Random(f"{seed}/{number}")
     case = draw(random)
     judge = Judge(case, random)
@@ -84,12 +88,14 @@ def try_graph(number: int, seed: int, state: State, failures: Path) -> None:
     state.add(number, _LOAD, judge.load())
     for place, trial in enumerate(TRIALS):
         if (number + place) % trial.every == 0:
+            running.write_text(f"{number} {trial.name}")
             verdict = judge.trial(trial)
             state.add(number, trial, verdict)
             if verdict.kind == "wrong":
                 print(f"{number} {trial.name} {trial.after}: {verdict.detail}", flush=True)
                 _save(number, trial, case, failures)
     state.add(number, _TRUTH, judge.truthful())
+    running.unlink()
 
 
 def _save(number: int, trial: Trial, case: Case, folder: Path) -> None:
@@ -127,14 +133,26 @@ def main() -> None:
     parser.add_argument("--name", default="fuzz", help="results/NAME.json")
     parser.add_argument("--failures", type=Path, default=Path("fuzz_failures"))
     parser.add_argument("--recheck", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.failures.mkdir(parents=True, exist_ok=True)
+    if not args.worker:
+        sys.exit(_supervise())
     path = RESULTS / f"{args.name}.json"
     state = State.read(path) if path.exists() else State()
+    crashed = args.failures / "running"
+    if crashed.exists():  # the process before this one died there: its counts since the last writing are made again
+        number, what = crashed.read_text().split(" ", 1)
+        state.crashed.append({"graph": int(number), "pass": what})
+        crashed.unlink()
     gc.disable()  # graphs are full of cycles: collected once a graph
     if args.recheck:
         recheck(state, args.seed, args.failures)
         write_result(args.name, 0, {"seed": args.seed, "fuzz": state.to_dict()}, set())
     while state.graphs < args.graphs:
+        if any(item["graph"] == state.graphs for item in state.crashed):
+            state.graphs += 1
+            continue
         start = time.process_time()
         try_graph(state.graphs, args.seed, state, args.failures)
         gc.collect()
@@ -144,6 +162,15 @@ def main() -> None:
             write_result(args.name, 0, {"seed": args.seed, "fuzz": state.to_dict()}, set())
     _print(state)
     sys.exit(bool(state.wrong))
+
+
+def _supervise() -> int:
+    """Runs this script in a process of its own, and again where ONNX Runtime took the process down with it."""
+    while True:
+        done = subprocess.run([sys.executable, *sys.argv, "--worker"], check=False)
+        if done.returncode in (0, 1, 2):
+            return done.returncode
+        print(f"the process ended with {done.returncode}: going on behind that graph", flush=True)
 
 
 def _print(state: State) -> None:
