@@ -164,14 +164,18 @@ def mixed_part(model: ir.Model, calibration: list[Feeds], quick: bool) -> Iterat
     """Uniform four bits for everything, embedding and head included, and MixedPrecision at exactly its bytes."""
     context = PassContext(feeds=calibration, threads=1)
     for method in ("rtn",) if quick else ("rtn", "gptq"):
-        uniform = model.clone()
-        QuantizeWeights(head_bits=4, embedding_bits=4, accuracy_level=0, method=method)(uniform, context)
-        yield Row(f"uniform {method}, all weights", 4, 32), uniform
-        budget = float(weight_bytes(uniform) - weight_bytes(model) + 4 * _numbers(model, heads=True))
         changed = model.clone()
-        outcome = MixedPrecision(budget, "bytes", method=method, accuracy_level=0)(changed, context)
-        row = Row(f"MixedPrecision {method}, same bytes", 0, 0, note="; ".join(outcome.notes))
-        yield row, changed
+        common: dict[str, Any] = {"method": method, "accuracy_level": 0}
+        QuantizeWeights(head_bits=4, embedding_bits=4, **common)(changed, context)
+        yield Row(f"uniform {method}", 4, 32), changed
+        budget = float(weight_bytes(changed) - weight_bytes(model) + 4 * _numbers(model, heads=True))
+        changed = model.clone()
+        QuantizeWeights(head_bits=4, embedding_bits=4, block_size=16, scales="uint8", **common)(changed, context)
+        yield Row(f"uniform {method}, scales of a byte", 4, 16), changed
+        for scales, note in (("float", ", scales float"), ("uint8", "")):
+            changed = model.clone()
+            outcome = MixedPrecision(budget, "bytes", scales=scales, **common)(changed, context)
+            yield Row(f"MixedPrecision {method}{note}", 0, 0, note="; ".join(outcome.notes)), changed
 
 
 def peers_part(model: ir.Model, calibration: list[Feeds], quick: bool) -> Iterator[tuple[Row, ir.Model | None]]:

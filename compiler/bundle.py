@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def save_bundle(
         _write_json(draft / MANIFEST, manifest)
         _write_json(draft / "session.json", session_json(ort_config))
         _write_json(draft / "report.json", report.to_dict())
-        if importlib.util.find_spec("jinja2") is not None:
+        if find_spec("jinja2") is not None:  # the extra `report`
             report.html(draft / "report.html")
         scripts = ["run.py", "selftest.py", *(["generate.py"] if decoder is not None else [])]
         scripts += [] if obstacles(model, "web") else ["web.html"]

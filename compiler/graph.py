@@ -238,6 +238,17 @@ def remove_dead(model: ir.Model) -> int:
         for node in reversed(graph):
             if any(value.uses() or value.is_graph_output() for value in node.outputs):
                 continue
+            for body in subgraphs(node):
+                _stop_reading(body)
             graph.remove(node, safe=True)
             removed += 1
     return removed
+
+
+def _stop_reading(body: ir.Graph) -> None:
+    """Lets the nodes of a body that goes read nothing: else they count as readers of the graphs around it."""
+    for node in body:
+        for inner in subgraphs(node):
+            _stop_reading(inner)
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)

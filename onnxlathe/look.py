@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +26,7 @@ from onnxlathe.compiler.verify import relative_error, run_reference
 from onnxlathe.passes import PASSES
 from onnxlathe.passes.presets import PRESETS
 from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
-from onnxlathe.runtime.errors import ModelError
+from onnxlathe.runtime.errors import LatheError, ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
 from onnxlathe.runtime.files import write_atomically
 from onnxlathe.runtime.session import Session
@@ -31,6 +36,10 @@ from .arguments import check_writable
 from .reporting import memory_pictures
 
 _SHOWN = 10
+# What serves a second model.
+_SERVE = """import sys, netron
+netron.start(sys.argv[1], ("localhost", int(sys.argv[2])), browse=sys.argv[3] == "1")
+netron.wait()"""
 
 
 def print_run(model: Path, samples: Path | None, output: Path | None, target: str, threads: int) -> None:
@@ -126,6 +135,45 @@ def _stored_report(path: Path, model: ir.Model) -> Report:
         return Report.from_dict(json.loads(model.metadata_props[REPORT_KEY]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"The report in {path} cannot be read ({error}).", "Compile the model again.") from error
+
+
+def view_models(paths: Sequence[Path], port: int, browser: bool) -> None:
+    """Serves models in Netron, each at a port of its own from ``port`` on, until Ctrl-C.
+
+    Netron keeps one model a process: the first is served by this one, the others by children.
+
+    Raises:
+        LatheError: Netron is not installed, or a port is taken.
+        ModelError: a file is no model.
+    """
+    if importlib.util.find_spec("netron") is None:
+        raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
+    import netron
+
+    for number, path in enumerate(paths):
+        load(path)  # a clear error instead of an empty page
+        _check_free(port + number)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, path in enumerate(paths[1:], 1):
+            arguments = [str(path), str(port + number), str(int(browser))]
+            children.append(subprocess.Popen([sys.executable, "-c", _SERVE, *arguments]))
+        netron.start(str(paths[0]), ("localhost", port), browse=browser)  # says the address
+        netron.wait()
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise LatheError(f"Cannot serve at port {port}: {reason}.", "Use --port.") from error
 
 
 def print_diff(before: Path, after: Path, samples: Path | None) -> None:

@@ -68,7 +68,7 @@ def profile_nodes(
         session = open_session(model, options, device)
         for _ in range(runs + 1):
             run_session(session, feeds)
-        events = _kernel_events(session)
+        events = list(_kernel_events(session))  # read while the file is there
     found: dict[str, NodeProfile] = {}
     seen: set[str] = set()
     for name, event in events:

@@ -61,6 +61,11 @@ class Trial:
         logs = (self.weights[shape] * math.log(max(ratio, 1e-9)) for shape, ratio in self.speeds.items())
         return math.exp(sum(logs) / total)
 
+    @property
+    def finite(self) -> float | None:
+        """The drop; None where it is not known, or where the results were NaN or infinite."""
+        return self.drop if self.drop is not None and math.isfinite(self.drop) else None
+
 
 @dataclasses.dataclass
 class Search:
@@ -94,13 +99,14 @@ class Search:
         """Plain JSON-ready data, with the geometric means and who lies on the Pareto front."""
         front = {trial.name for trial in self.front()}
         rows = [
-            {**dataclasses.asdict(trial), "speed": trial.speed, "front": trial.name in front} for trial in self.trials
+            {**dataclasses.asdict(trial), "drop": trial.finite, "speed": trial.speed, "front": trial.name in front}
+            for trial in self.trials
         ]
         return {**dataclasses.asdict(self), "trials": rows}
 
     def front(self) -> list[Trial]:
         """The trials that no other one beats in speed, drop and bytes at once."""
-        done = [trial for trial in self.trials if trial.drop is not None and trial.speeds]
+        done = self._done()
         return [trial for trial in done if not any(_beats(other, trial) for other in done)]
 
     def print(self, console: Console | None = None) -> None:
@@ -153,7 +159,7 @@ class Search:
             raise LatheError(
                 "matplotlib is not installed.", 'Install it with: pip install "onnxlathe[report]"'
             ) from error
-        done = [trial for trial in self.trials if trial.drop is not None and trial.speeds]
+        done = self._done()
         figure = Figure(figsize=(8.0, 5.0), layout="constrained")
         FigureCanvasSVG(figure)  # else a window may be looked for
         axes = figure.subplots()
@@ -174,6 +180,9 @@ class Search:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         return buffer.getvalue()
+
+    def _done(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.finite is not None and trial.speeds]
 
     def _mark(self, name: str) -> str:
         return "<- taken" if name == self.chosen else ""
