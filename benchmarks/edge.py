@@ -82,8 +82,7 @@ def main() -> None:
             results["load"] = _loads(folder, python)
             results["cosine"] = _fidelity(folder)
         _print(results)
-        if arguments.only is None:
-            print(write_result("edge", 0, results, set()))
+        print(write_result(f"edge_{arguments.only}" if arguments.only else "edge", 0, results, set()))
 
 
 def _environment(folder: Path) -> Path:
