@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distillation import TRAINED, digits
+from distillation import digits
 from harness import Side, compare, write_result
 from rich.console import Console
 from rich.table import Table
-from survey_models import SUBJECTS, accuracy, logits, model_path, prepare
+from survey_models import SUBJECTS, TRAINED, accuracy, logits, model_path, prepare
 from survey_naive import CLAIMS, composed_claim, controls
 
 from onnxlathe.passes.partition.costs import this_machine
-from onnxlathe.runtime.artifact import load, write_atomically
+from onnxlathe.runtime.artifact import load
+from onnxlathe.runtime.files import write_atomically
 from onnxlathe.runtime.inference import open_session, session_options
 from onnxlathe.runtime.session import Session
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxlathe.runtime.artifact import write_atomically
+from onnxlathe.runtime.files import write_atomically
 
 _SHOWN = ("mlp", "encoder", "decoder", "llama")
 
