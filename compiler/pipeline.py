@@ -47,7 +47,7 @@ class Compiled:
     model: ir.Model
     report: Report
     ort_config: dict[str, Any]
-    sample: Feeds | None = None
+    sample: Feeds | None = dataclasses.field(default=None, kw_only=True)
 
     def save(
         self,
@@ -190,7 +190,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
         sides = [Side(item.model, item.config, item.profiled) for item in (original, state)]
         profile(report, sides[0], sides[1], context)
     sample = dict(state.samples[0]) if state.samples else None
-    return Compiled(state.model, report, state.config, sample)
+    return Compiled(state.model, report, state.config, sample=sample)
 
 
 def _original_results(model: ir.Model, settings: Settings) -> verify.Results:

@@ -19,9 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxlathe.compiler.graph import PASS_KEY, all_nodes, count_ops, opset, qualified_op, weight_bytes
+from onnxlathe.compiler.graph import PASS_KEY, count_ops, opset, qualified_op, weight_bytes
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.report import Report, format_bytes, print_op_table
+from onnxlathe.compiler.reporting.graph_change import graph_change, places
+from onnxlathe.compiler.reporting.graph_match import Matching
+from onnxlathe.compiler.reporting.records import GraphChange
 from onnxlathe.compiler.verify import relative_error, run_reference
 from onnxlathe.passes import PASSES
 from onnxlathe.passes.presets import PRESETS
@@ -181,8 +184,10 @@ def print_diff(before: Path, after: Path, samples: Path | None) -> None:
     console = Console()
     old, new = load(before), load(after)
     print_op_table(console, count_ops(old), count_ops(new))
-    _print_nodes(console, "-", old, new, before.name)
-    _print_nodes(console, "+", new, old, after.name)
+    match = Matching(old, new)
+    _print_change(console, graph_change(match, places(match)))
+    _print_nodes(console, "-", match.removed, before.name)
+    _print_nodes(console, "+", match.added, after.name)
     console.print(f"weights: {format_bytes(weight_bytes(old))} -> {format_bytes(weight_bytes(new))}", highlight=False)
     feeds = load_feeds(samples) if samples is not None else make_feeds(old)
     for number, sample in enumerate(feeds):
@@ -222,10 +227,26 @@ def print_passes() -> None:
     console.print(presets)
 
 
-def _print_nodes(console: Console, sign: str, here: ir.Model, there: ir.Model, where: str) -> None:
-    """Nodes of ``here`` of which ``there`` has none with the same operator and output name."""
-    known = {(qualified_op(node), value.name) for node in all_nodes(there) for value in node.outputs[:1]}
-    only = [node for node in all_nodes(here) if (qualified_op(node), node.outputs[0].name) not in known]
+def _print_change(console: Console, change: GraphChange) -> None:
+    """How many nodes are the same, and what became of the others, alike places together."""
+    console.print(
+        f"{change.unchanged} nodes are the same, {change.removed} went, {change.added} came:", highlight=False
+    )
+    for item in change.replacements[:_SHOWN]:
+        before, after = (
+            ", ".join(f"{count} {op}" if count > 1 else op for op, count in ops.items()) or "nothing"
+            for ops in (item.before, item.after)
+        )
+        by = f"  ({', '.join(item.passes)})" if item.passes else ""
+        text = f"  {item.places} x  {before} -> {after}{by}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    others = change.more + sum(item.places for item in change.replacements[_SHOWN:])
+    if others:
+        console.print(f"  ... and {others} smaller places", highlight=False)
+
+
+def _print_nodes(console: Console, sign: str, only: Sequence[ir.Node], where: str) -> None:
+    """The first of the nodes that are in one model only."""
     if not only:
         return
     console.print(f"{len(only)} nodes only in {where}:", highlight=False, markup=False)

@@ -11,7 +11,6 @@ from ..compiler.base import Pass
 from ..compiler.budget import Budget
 from ..runtime.errors import PassError
 from . import PASSES
-from .memory.plan_memory import PlanMemory
 from .quantization.quantize_static import QuantizeStatic
 from .quantization.smooth_quant import SmoothQuant
 
@@ -50,7 +49,7 @@ _FUSE = (
 _INT8 = (SmoothQuant(alpha=0.5, multiply="where-it-pays"), "quantize-static", "fuse-integer-product")
 # Unlike cpu-int8: 7 bits of weights, so that the 16-bit sums of x86 without VNNI do not saturate, whoever runs it; and
 # no speed gate, as this machine is not the one that will run it.
-_EDGE = (_INT8[0], QuantizeStatic(reduced=True), "fuse-integer-product", PlanMemory())
+_EDGE = (_INT8[0], QuantizeStatic(reduced=True), "fuse-integer-product")
 # Integer products of q, k and v are so fast that splitting a joined one costs more than it saves.
 _FUSE_INT8 = tuple(name for name in _FUSE if name != "fuse-qkv")
 

@@ -96,6 +96,22 @@ def test_the_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert environment()["command"] == said
 
 
+def test_diff_compares_by_meaning(command: object, tmp_path: Path) -> None:
+    """Nodes with other names are the same; what was replaced is said once for alike places."""
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[2, 3] x) => (y) {{ {} }}'
+    long = "a = Neg(x) {p}b = Sigmoid(a) {p}c = Mul(a, {p}b) {p}d = Exp({p}c) "
+    long += "{p}e = Sigmoid({p}d) {p}f = Mul({p}d, {p}e) y = Relu({p}f)"
+    first = save(from_text(text.format(long.format(p=""))), tmp_path / "first.onnx")
+    same = save(from_text(text.format(long.format(p="other_"))), tmp_path / "same.onnx")
+    code, out, _ = command("diff", first, same)  # type: ignore[operator]
+    assert code == 0 and "7 nodes are the same, 0 went, 0 came" in out and "only in" not in out
+    fused = "a = Neg(x) c = HardSwish(a) d = Exp(c) f = HardSwish(d) y = Relu(f)"
+    other = save(from_text(text.format(fused)), tmp_path / "other.onnx")
+    code, out, _ = command("diff", first, other)  # type: ignore[operator]
+    assert code == 0 and "3 nodes are the same, 4 went, 2 came" in out
+    assert "2 x  Sigmoid, Mul -> HardSwish" in out
+
+
 def free_ports() -> int:
     """The first of two ports in a row that nobody uses."""
     for _ in range(50):
