@@ -1,17 +1,15 @@
-"""Recovery training of real networks: half the channels, weights of two to four values, an encoder made 1.5 x as fast.
+"""Recovery training on digits: half of a network's channels, weights of two to four values, with and without labels.
 
-    python benchmarks/distillation.py mnist              # digits: about half an hour
-    python benchmarks/distillation.py minilm             # all-MiniLM-L6-v2: half an hour; --steps 200 takes minutes
-    python benchmarks/distillation.py mnist --quick      # one seed, few steps
+    python benchmarks/distillation.py             # half an hour on an idle core
+    python benchmarks/distillation.py --quick     # one seed, few steps
+    python benchmarks/distillation.py --judge validation   # to choose settings
 
-mnist: shared/data/mnist has 10,000 digits (t10k). 8,000 of them, drawn with seed 0, are trained on, shifted by up to
-two pixels and turned by up to ten degrees; 2,000 only judge. The network was trained by others, on MNIST's
-60,000 training digits; its logits are divided by 256 first, which changes no answer, so that cross entropy
-has a sane scale. For each student: accuracy before training, and after the same number of steps with the teacher and
-the true labels, with the teacher alone (no labels), and with the labels alone (no teacher); for three seeds.
-
-minilm: pruned by PruneAdaptive on 2,000 sentences, then trained on more of them (TinyStories), without labels, by
-matching outputs; judged on 256 others by the cosine of mean-pooled embeddings with the original's.
+shared/data/mnist has 10,000 digits (t10k), in a fixed order drawn with seed 0: the first 2,000 only judge, 6,000 are
+trained on, shifted by up to two pixels and turned by up to ten degrees, and by the last 2,000 the settings below were
+chosen. The network was trained by others, on MNIST's 60,000 training digits; its logits are divided by 256 first, which
+changes no answer, so that cross entropy has a sane scale. For each student: accuracy before training, and after as many
+steps with the teacher and the true labels, with the teacher alone (no labels), and with the labels alone (no teacher);
+for three seeds.
 """
 
 from __future__ import annotations
@@ -19,17 +17,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import statistics
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from encoder_int8 import batches, fidelity
 from harness import write_result
-from pruning_structured import minilm as fused
-from pruning_structured import texts
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -39,15 +32,14 @@ import onnxlathe as lathe
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.graph import Names, add_initializer, is_op, make_node
 from onnxlathe.compiler.load import infer_shapes, load_model
-from onnxlathe.passes import Distill, PruneAdaptive
+from onnxlathe.passes import Distill, PruneWidth
 from onnxlathe.passes.low_bit.few_levels import Levels, few_levels
-from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 
 Array = np.ndarray[Any, Any]
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-ROWS, COPIES, TRAINED = 64, 10, 8000
-CALIBRATION_SENTENCES = 2000
+ROWS, COPIES = 64, 10
+PARTS = {"held out": slice(0, 2000), "trained on": slice(2000, 8000), "validation": slice(8000, 10000)}
 LEVELS: tuple[Levels, ...] = ("midrise", "ternary", "binary")
 SOFTEN = 256.0
 GOALS: dict[str, dict[str, float]] = {
@@ -112,26 +104,12 @@ def _set(value: ir.Value | None, array: Array) -> None:
     value.shape = ir.Shape(array.shape)
 
 
-def half_the_channels(model: ir.Model) -> ir.Model:
-    """The half of each convolution's channels with the largest filters; no compensation."""
+def half_the_channels(model: ir.Model, feeds: list[dict[str, Array]], threads: int) -> ir.Model:
+    """The half of each convolution's channels that PruneWidth keeps, the layers behind them fitted."""
     model = model.clone()
-    convolutions = [node for node in model.graph if is_op(node, "Conv")]
-    kept: Array = np.arange(1)
-    for node in convolutions:
-        weight, bias = node.inputs[1], next(iter(node.outputs[0].uses())).node.inputs[1]
-        array = _get(weight)
-        size = np.sort(np.argsort(-np.square(array).sum((1, 2, 3)))[: len(array) // 2])
-        _set(weight, array[size][:, kept])
-        _set(bias, _get(bias)[size])
-        kept = size
-    matrix = next(node for node in model.graph if is_op(node, "MatMul")).inputs[1]
-    _set(matrix, _get(matrix).reshape(16, -1, 10)[kept].reshape(-1, 10))
-    reshape = next(node for node in model.graph if is_op(node, "Reshape"))
-    _set(reshape.inputs[1], np.array([-1, 128], np.int64))
-    for node in model.graph:
-        for value in node.outputs:
-            value.shape = value.shape if value.is_graph_output() else None
-    infer_shapes(model)
+    step = PruneWidth(ratio=0.5, what=("channels",), multiple=1)
+    outcome = step(model, PassContext(feeds=feeds, threads=threads))
+    print(*outcome.notes, sep="\n")
     return model
 
 
@@ -171,7 +149,7 @@ def mnist(options: argparse.Namespace) -> None:
     """Channels and few levels on digits."""
     images, labels = digits()
     order = np.random.default_rng(0).permutation(len(images))
-    trained, unseen = order[:TRAINED], order[TRAINED:]
+    trained, unseen = order[PARTS["trained on"]], order[PARTS[options.judge]]
     rng = np.random.default_rng(1)
     feeds: list[dict[str, Array]] = []
     for _ in range(2 if options.quick else COPIES):
@@ -180,7 +158,8 @@ def mnist(options: argparse.Namespace) -> None:
         parts = range(0, len(mixed), ROWS)
         feeds += [{"pixels": pixels[at : at + ROWS], "labels": labels[mixed[at : at + ROWS]]} for at in parts]
     teacher = network()
-    students = {CHANNELS: half_the_channels(teacher)}
+    plain = [{"pixels": images[trained[at : at + ROWS]]} for at in range(0, len(trained), ROWS)]
+    students = {CHANNELS: half_the_channels(teacher, plain, options.threads)}
     students |= {f"{levels} weights": with_few_levels(teacher, levels) for levels in LEVELS}
     full = accuracy(teacher, images[unseen], labels[unseen])
     seeds = range(1 if options.quick else 3)
@@ -211,75 +190,24 @@ def mnist(options: argparse.Namespace) -> None:
         "teacher": full,
         "students": rows,
         "batch": ROWS,
-        "images trained on": TRAINED,
+        "images trained on": len(trained),
         "images judged on": len(unseen),
+        "judged on": options.judge,
     }
-    print(write_result("distillation_mnist", options.threads, content, set()))
-
-
-def minilm(options: argparse.Namespace) -> None:
-    """MiniLM pruned for 1.5 x its speed, then trained by matching outputs."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(exist_ok=True)
-        teacher = fused(folder)
-        steps, rows = options.steps or (40 if options.quick else 900), 32
-        known, unseen = texts(CALIBRATION_SENTENCES + steps * rows)
-        judged = batches(unseen, 32)
-
-        def results(model: ir.Model) -> list[Array]:
-            session = open_session(model, session_options(threads=options.threads))
-            return [next(iter(run_session(session, sample).values())) for sample in judged]
-
-        reference = results(teacher)
-        context = PassContext(feeds=batches(known[:CALIBRATION_SENTENCES], 16), threads=options.threads)
-        path, notes = folder / "pruned.onnx", folder / "pruned.txt"
-        if not path.exists():
-            student = teacher.clone()
-            outcome = PruneAdaptive(speedup=1.5, sizes={"batch": 1, "sequence": 128})(student, context)
-            save(student, path)
-            notes.write_text("\n".join(outcome.notes))
-        student = load_model(path)
-        infer_shapes(student)
-        before = fidelity(reference, results(student), judged)
-        print("pruned:", notes.read_text(), before, sep="\n", flush=True)
-        picked = sorted(known[: steps * rows], key=len)  # little padding in a batch; the order of batches is drawn
-        began = time.monotonic()
-        with Console(stderr=True).status("training") as status:
-            step = Distill(
-                teacher=teacher, data=batches(picked, rows), steps=steps, lr=options.lr or 0.01, held_out=0.03
-            )
-            outcome = step(student, PassContext(threads=options.threads, progress=status.update))
-        minutes = (time.monotonic() - began) / 60
-        save(student, folder / "distilled.onnx")
-        told = notes.read_text().splitlines()
-    after = fidelity(reference, results(student), judged)
-    table = Table("", *before, title=f"MiniLM, pruned for 1.5 x the speed, {steps} steps, {minutes:.1f} minutes")
-    table.add_row("pruned", *(f"{value:.4f}" for value in before.values()))
-    table.add_row("distilled", *(f"{value:.4f}" for value in after.values()))
-    Console().print(table, *outcome.notes)
-    content = {
-        "pruned": before,
-        "distilled": after,
-        "steps": steps,
-        "minutes": minutes,
-        "sentences": len(picked),
-        "notes": [*told, *outcome.notes],
-    }
-    print(write_result("distillation_minilm", options.threads, content, set()))
+    name = "distillation_mnist" if options.judge == "held out" else "distillation_mnist-validation"
+    print(write_result(name, options.threads, content, set()))
 
 
 def main() -> None:
     """Prints a table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("mnist", "minilm"))
     parser.add_argument("--steps", type=int, help="updates; the default is said above")
     parser.add_argument("--lr", type=float, help="relative learning rate")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="minilm: keep the models here; a pruned one that is there is used")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--judge", choices=("held out", "validation"), default="held out")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    mnist(options) if options.what == "mnist" else minilm(options)
+    mnist(options)
 
 
 if __name__ == "__main__":

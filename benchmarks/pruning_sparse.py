@@ -1,7 +1,8 @@
 """Zeros in the weights of two real models, without training: what they cost in quality, and in bytes.
 
-    python benchmarks/pruning_sparse.py            # a quarter of an hour
-    python benchmarks/pruning_sparse.py --quick    # few stories, no MiniLM
+    python benchmarks/pruning_sparse.py                          # a quarter of an hour on an idle machine
+    python benchmarks/pruning_sparse.py --only "70 %" peers      # these; the other figures of the JSON stay
+    python benchmarks/pruning_sparse.py --quick                  # few stories, no MiniLM
 
 stories260k: increase in nats per token on 80 held-out stories (magnitude and a random mask as controls). Calibration is
 on other stories: 80 of the same file and, where ../shared has the longer validation text, those of it that are not in
@@ -14,14 +15,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gzip
+import json
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from encoder_int8 import batches, pooled, sentences
-from harness import write_result
-from lowbit import VALIDATION, Feeds, nats, sample_of, samples
+from encoder_int8 import batches, pooled, save_all, sentences
+from harness import RESULTS, write_result
+from lowbit import TEXT, Feeds, Judge, sample_of
+from pruners import pruned_by
+from pruning_data import story_samples
 from rich.console import Console
 from rich.table import Table
 
@@ -33,9 +39,13 @@ from onnxlathe.passes import Cleanup, FoldConstants, PruneSparse
 from onnxlathe.passes.pruning.sparse_layers import Prunable, find_prunable
 from onnxlathe.passes.pruning.sparse_solvers import Goal, Second, loss, prune
 from onnxlathe.passes.pruning.sparse_walk import Moments, original_moments
+from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 
 GOALS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}, "70 %": {"sparsity": 0.7}}
+PARTS = [*GOALS, "layers", "peers", "minilm", "minilm layers"]
+PEERS = [("50 %", "onnxsim Wanda"), ("50 %", "onnxsim SparseGPT"), ("2:4", "onnxsim Wanda 2:4")]
+PEERS += [("2:4", "onnxsim SparseGPT 2:4"), ("70 %", "onnxsim SparseGPT"), ("50 %", "NNCF")]
 PLAIN = {"refit": False, "target": 0.0}
 SIDES: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude", **PLAIN},
@@ -65,10 +75,10 @@ class Row:
 
 def more_stories() -> list[Feeds]:
     """The stories of the longer validation text that are not among the held-out ones."""
-    if not VALIDATION.is_file():
+    if not TEXT.is_file():
         return []
     openings = {story[:60] for story in heldout_stories()}
-    texts = split_stories(VALIDATION.read_text(encoding="utf-8"))
+    texts = split_stories(TEXT.read_text(encoding="utf-8"))
     return [sample_of(story) for story in texts if not any(opening in story for opening in openings)]
 
 
@@ -102,19 +112,32 @@ def row_of(name: str, goal: str, side: str, model: ir.Model, figure: float) -> R
     return Row(name, goal, side, figure, zeros, packed(model))
 
 
-def stories(quick: bool, console: Console) -> Iterator[tuple[float, list[Row], list[dict[str, Any]]]]:
+def by_peers(model: ir.Model, calibration: list[Feeds]) -> Iterator[tuple[str, str, ir.Model | str]]:
+    """Goal, tool, and what onnxsim and NNCF make of the model, or why they do not."""
+    with tempfile.TemporaryDirectory() as temporary:
+        source, target, samples = (Path(temporary) / name for name in ("source.onnx", "target.onnx", "samples"))
+        save(model, source)
+        save_all(calibration, samples)
+        for goal, tool in PEERS:
+            failure = pruned_by(tool, GOALS[goal].get("sparsity", 0.5), source, target, samples)
+            yield goal, tool, failure or load_model(target)
+
+
+def stories(quick: bool, parts: set[str], console: Console) -> Iterator[tuple[float, list[Row], list[dict[str, Any]]]]:
     """Nats a token of the dense model, the rows so far, and the layers' errors; one goal after the other."""
-    calibration, judged = samples(16 if quick else 80)
+    calibration, judged = story_samples(16 if quick else 80)
     calibration = calibration if quick else calibration + more_stories()
     tokens = sum(sample["input_ids"].size for sample in calibration)
     console.print(f"{len(calibration)} stories to calibrate on, {tokens} tokens")
     model = export_causal_lm(stories260k(), check=False)
     for step in (Cleanup(), FoldConstants()):
         step(model, PassContext())
-    base = nats(model, judged)
-    errors = list(layers("stories260k", model, calibration[:80], judged))
+    judge = Judge(model, judged)
+    errors = list(layers("stories260k", model, calibration[:80], judged)) if "layers" in parts else []
     rows: list[Row] = []
     for goal, options in GOALS.items():
+        if goal not in parts:
+            continue
         for side, choice in SIDES.items():
             if goal == "2:4" and side == "the same, shares by effect":
                 continue
@@ -124,12 +147,19 @@ def stories(quick: bool, console: Console) -> Iterator[tuple[float, list[Row], l
             changed = model.clone()
             PruneSparse(**options, **choice)(changed, PassContext(feeds=feeds, threads=1))
             changed = with_random_masks(model, changed) if side == "random mask" else changed
-            rows.append(row_of("stories260k", goal, side, changed, nats(changed, judged) - base))
+            rows.append(row_of("stories260k", goal, side, changed, judge(changed)[0]))
             console.print(f"stories260k {goal} {side}: {rows[-1].figure:+.4f} nats a token")
-        yield base, rows, errors
+        yield judge.loss, rows, errors
+    for goal, tool, changed in by_peers(model, calibration) if "peers" in parts else ():
+        if isinstance(changed, str):
+            console.print(f"{goal} {tool}: {changed}")
+        else:
+            rows.append(row_of("stories260k", goal, tool, changed, judge(changed)[0]))
+            console.print(f"stories260k {goal} {tool}: {rows[-1].figure:+.4f} nats a token")
+    yield judge.loss, rows, errors
 
 
-def minilm(console: Console) -> tuple[list[Row], list[dict[str, Any]]]:
+def minilm(parts: set[str], console: Console) -> tuple[list[Row], list[dict[str, Any]]]:
     """Fidelity of MiniLM, and its layers' errors."""
     from onnxlathe.compiler.exporting.export import export
     from onnxlathe.models.zoo import build
@@ -147,13 +177,13 @@ def minilm(console: Console) -> tuple[list[Row], list[dict[str, Any]]]:
         return pooled([run_session(session, sample, [output])[output] for sample in judged], judged)
 
     reference, rows = embeddings(model), list[Row]()
-    for side in ("magnitude", "SparseGPT", "ADMM + refit, original's outputs"):
+    for side in ("magnitude", "SparseGPT", "ADMM + refit, original's outputs") if "minilm" in parts else ():
         changed = model.clone()
         PruneSparse(**SIDES[side])(changed, PassContext(feeds=calibration, threads=2))
         cosine = float((reference * embeddings(changed)).sum(1).mean())
         rows.append(row_of("MiniLM", "50 %", side, changed, cosine))
         console.print(f"MiniLM 50 % {side}: cosine {cosine:.4f}")
-    return rows, list(layers("MiniLM", model, calibration, judged))
+    return rows, list(layers("MiniLM", model, calibration, judged)) if "minilm layers" in parts else []
 
 
 def layers(name: str, model: ir.Model, calibration: list[Feeds], judged: list[Feeds]) -> Iterator[dict[str, Any]]:
@@ -181,7 +211,15 @@ def _moments(model: ir.Model, weights: list[Prunable], feeds: list[Feeds]) -> di
 
 
 def report(base: float, rows: list[Row], errors: list[dict[str, Any]], name: str, console: Console) -> None:
-    """Prints the tables and writes the JSON."""
+    """Prints the tables and writes the JSON, with what it has of other parts."""
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        known = {(row.model, row.goal, row.side) for row in rows}
+        measured = {item["model"] for item in errors}
+        kept = [Row(**row) for row in before["rows"] if (row["model"], row["goal"], row["side"]) not in known]
+        rows = sorted([*kept, *rows], key=lambda row: (row.model != "stories260k", list(GOALS).index(row.goal)))
+        errors = [item for item in before["layers"] if item["model"] not in measured] + errors
     magnitude = {(row.model, row.goal): row.figure for row in rows if row.side == "magnitude"}
     table = Table("model", "goal", "side", "nats more / cosine", "/ magnitude", "zeros", ".onnx.gz bytes")
     for row in rows:
@@ -198,21 +236,22 @@ def report(base: float, rows: list[Row], errors: list[dict[str, Any]], name: str
             ratios[f"{model}, ADMM + refit / {other}"] = spread
     console.print("layer errors at 50 % on held-out text", ratios)
     content = {"dense": base, "rows": [dataclasses.asdict(row) for row in rows], "ratios": ratios, "layers": errors}
-    write_result(name, 1, content, set())
+    write_result(name, 1, content, {"onnxsim"})
 
 
 def main() -> None:
     """Each goal on stories260k, then MiniLM; what is known is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
-    console = Console()
+    console, parts = Console(), set(options.only)
     name = "pruning_sparse-quick" if options.quick else "pruning_sparse"
     base, rows, errors = 0.0, list[Row](), list[dict[str, Any]]()
-    for base, rows, errors in stories(options.quick, console):
+    for base, rows, errors in stories(options.quick, parts, console):
         report(base, rows, errors, name, console)
-    if not options.quick:
-        more, layer_errors = minilm(console)
+    if not options.quick and parts & {"minilm", "minilm layers"}:
+        more, layer_errors = minilm(parts, console)
         report(base, rows + more, errors + layer_errors, name, console)
 
 

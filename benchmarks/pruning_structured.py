@@ -21,16 +21,18 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from encoder_int8 import CALIBRATION, HELD_OUT, batches, fidelity, random_tokens, sentences
+from encoder_int8 import batches, fidelity, random_tokens, save_all
 from harness import write_result
-from lowbit import VALIDATION, nats, samples
+from lowbit import Judge
+from pruners import pruned_by
+from pruning_data import minilm, story_samples, texts
 from rich.console import Console
 from rich.table import Table
 
 import onnxlathe as lathe
 from onnxlathe.compiler.base import Outcome, Pass, PassContext
 from onnxlathe.compiler.graph import weight_bytes
-from onnxlathe.compiler.load import infer_shapes, load_model
+from onnxlathe.compiler.load import load_model
 from onnxlathe.models.zoo import build
 from onnxlathe.passes import PruneAdaptive, PruneDepth, PruneWidth
 from onnxlathe.passes.pruning.coupling_rules import coupling_of
@@ -81,8 +83,20 @@ def at_random(model: ir.Model, ratio: float, seed: int = 0) -> ir.Model:
     return copy
 
 
+def by_peers(model: ir.Model, calibration: list[Feeds], folder: Path) -> Iterator[tuple[str, ir.Model | str]]:
+    """What onnxsim and NNCF make of the model, or why they do not."""
+    source, samples = folder / "source.onnx", folder / "samples"
+    save(model, source)
+    save_all(calibration, samples)
+    tools = [(tool, share) for share in (0.2, 0.5) for tool in ("onnxsim units, Wanda", "onnxsim heads, Wanda")]
+    for tool, share in [*tools, ("onnxsim blocks", 1 / 6), ("NNCF", 0.5)]:
+        target = folder / "peer.onnx"
+        failure = pruned_by(tool, share, source, target, samples)
+        yield f"{tool} -{share:.0%}", failure or load_model(target)
+
+
 def compared(
-    model: ir.Model, calibration: list[Feeds], judge: Callable[[ir.Model], dict[str, float]], folder: Path | None
+    model: ir.Model, calibration: list[Feeds], judge: Callable[[ir.Model], dict[str, float]], folder: Path
 ) -> Iterator[Row]:
     """The model with every pass applied, judged."""
     context = PassContext(feeds=calibration, threads=THREADS)
@@ -93,33 +107,13 @@ def compared(
     for name, step in steps():
         changed = model.clone()
         outcome: Outcome = step(changed, context)
-        if folder is not None:
-            save(changed, folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.onnx")
+        save(changed, folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.onnx")
         yield Row(name, weight_bytes(changed) / weight_bytes(model), judge(changed), outcome.notes)
-
-
-def minilm(folder: Path) -> ir.Model:
-    """MiniLM as cpu-fp32 leaves it."""
-    path = folder / "fused.onnx"
-    if not path.exists():
-        entry = build("minilm")
-        source = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes)
-        save(lathe.compile(source, "cpu-fp32", speed_gate=False, progress=False).model, path)
-    model = load_model(path)
-    infer_shapes(model)
-    return model
-
-
-def texts(count: int) -> tuple[list[str], list[str]]:
-    """Sentences to calibrate on, and others to judge by."""
-    known = sentences()
-    held = known[CALIBRATION : CALIBRATION + HELD_OUT]
-    rest = known[:CALIBRATION] + known[CALIBRATION + HELD_OUT :]
-    if VALIDATION.exists():
-        more = {part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", VALIDATION.read_text())}
-        extra = sorted(part for part in more - set(known) if len(part) > 20)
-        rest += [extra[index] for index in np.random.default_rng(1).permutation(len(extra))]
-    return rest[:count], held
+    for name, changed in by_peers(model, calibration, folder):
+        if isinstance(changed, str):
+            yield Row(name, 1.0, {}, [changed])
+        else:
+            yield Row(name, weight_bytes(changed) / weight_bytes(model), judge(changed), [])
 
 
 def run_minilm(folder: Path, count: int) -> list[Row]:
@@ -136,19 +130,22 @@ def run_minilm(folder: Path, count: int) -> list[Row]:
     return _told(compared(model, feeds, lambda item: fidelity(expected, outputs(item), held), folder))
 
 
-def run_stories(count: int) -> list[Row]:
+def run_stories(folder: Path, count: int) -> list[Row]:
     """stories260k with every pass that fits it."""
     entry = build("stories260k")
     model = lathe.compile(lathe.export_causal_lm(entry.module, check=False), "basic", progress=False).model
-    calibration, judged = samples(count)
-    base = nats(model, judged)
+    calibration, judged = story_samples(count)
+    base = Judge(model, judged).loss
 
     def judge(item: ir.Model) -> dict[str, float]:
         names = {value.name: value.shape for value in item.graph.inputs}
         narrow = [{k: v[:, : names[k][1]] if "past" in k else v for k, v in f.items() if k in names} for f in judged]
-        return {"nats a token": nats(item, narrow), "increase": nats(item, narrow) - base}
+        loss = Judge(item, narrow).loss
+        return {"nats a token": loss, "increase": loss - base}
 
-    return _told(compared(model, calibration, judge, None))
+    stories = folder / "stories"
+    stories.mkdir(exist_ok=True)
+    return _told(compared(model, calibration, judge, stories))
 
 
 def _told(rows: Iterator[Row]) -> list[Row]:
@@ -188,14 +185,15 @@ def layer_errors(model: ir.Model, calibration: list[Feeds], held: list[Feeds]) -
                 row[f"{name} {way}"] = float(np.einsum("nk,nk->", change @ truth, change) / total)
         rows.append(row)
     medians = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
-    best_drop = [min(row["magnitude drop"], row["activation drop"]) for row in rows]
-    energy = [row["OBS refit"] / drop for row, drop in zip(rows, best_drop, strict=True)]
-    return {
-        "layers": rows,
-        "median": medians,
-        "OBS refit / best drop, energy": float(np.median(energy)),
-        "OBS refit / best drop, norm": float(np.sqrt(np.median(energy))),
-    }
+    ratios: dict[str, Any] = {}
+    for name, drops in {"magnitude": ("magnitude drop",), "best": ("magnitude drop", "activation drop")}.items():
+        energy = [row["OBS refit"] / min(row[drop] for drop in drops) for row in rows]
+        ratios[f"OBS refit / {name} drop, energy"] = {"median": float(np.median(energy)), "layers": energy}
+        ratios[f"OBS refit / {name} drop, norm"] = {
+            "median": float(np.sqrt(np.median(energy))),
+            "layers": [float(np.sqrt(value)) for value in energy],
+        }
+    return {"layers": rows, "median": medians, **ratios}
 
 
 def run_layers(folder: Path, count: int) -> dict[str, Any]:
@@ -203,7 +201,7 @@ def run_layers(folder: Path, count: int) -> dict[str, Any]:
     calibration, held = texts(count)
     entry = build("stories260k")
     stories = lathe.compile(lathe.export_causal_lm(entry.module, check=False), "basic", progress=False).model
-    first, second = samples(40)
+    first, second = story_samples(40)
     return {
         "minilm": layer_errors(minilm(folder), batches(calibration, 16), batches(held, 32)),
         "stories260k": layer_errors(stories, first, second),
@@ -241,7 +239,7 @@ def main() -> None:
     else:
         parts: dict[str, Callable[[], Any]] = {
             "layers": lambda: run_layers(options.folder, options.sentences),
-            "stories": lambda: [dataclasses.asdict(row) for row in run_stories(options.stories)],
+            "stories": lambda: [dataclasses.asdict(row) for row in run_stories(options.folder, options.stories)],
             "minilm": lambda: [dataclasses.asdict(row) for row in run_minilm(options.folder, options.sentences)],
         }
         for name, run in parts.items():
@@ -249,7 +247,7 @@ def main() -> None:
                 content[name] = run()
                 kept.write_text(json.dumps(content, indent=1))
     _show(content)
-    print("wrote", write_result("pruning_structured", THREADS, content, set()))
+    print("wrote", write_result("pruning_structured", THREADS, content, {"onnxsim", "nncf"}))
 
 
 def _show(content: dict[str, Any]) -> None:
@@ -259,7 +257,8 @@ def _show(content: dict[str, Any]) -> None:
         if rows:
             table = Table("side", "bytes", *rows[0]["figures"], title=name)
             for row in rows:
-                table.add_row(row["name"], f"{row['bytes']:.2f}", *(f"{v:.4f}" for v in row["figures"].values()))
+                figures = [f"{value:.4f}" for value in row["figures"].values()]
+                table.add_row(row["name"], f"{row['bytes']:.2f}", *(figures or row["notes"]))
             console.print(table)
     for name, found in content.get("layers", {}).items():
         console.print(name, {key: value for key, value in found.items() if key != "layers"})

@@ -12,12 +12,21 @@ import numpy as np
 
 from .metrics import Distance
 from .padding import results_of_tokens
+from .scores import SCORES, divergence, pooled_cosine
 
 Array = np.ndarray[Any, Any]
 Results = Sequence[Mapping[str, Array]]
 Score = Callable[[Results, Results], float]
 """``score(samples, outputs)``, higher is better; both lists are in the same order."""
-Metric = Literal["relative_error", "cosine", "sqnr", "kl"]
+Metric = Literal["relative_error", "cosine", "pooled_cosine", "sqnr", "kl", "accuracy", "nats"]
+_WORDS = {
+    "relative_error": "error",
+    "cosine": "1 - cosine",
+    "pooled_cosine": "1 - pooled cosine",
+    "kl": "KL",
+    "accuracy": "accuracy lost",
+    "nats": "nats a token",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +36,10 @@ class Budget:
     Attributes:
         metric: ``relative_error``: ``max |float - quantized| / max |float|``; ``cosine``: 1 - cosine; ``sqnr``:
             signal to noise in dB; ``kl``: mean Kullback-Leibler divergence (nats) of softmax over the last axis, for
-            logits; of several outputs the worst counts. Or a callable ``score(samples, outputs)`` whose fall counts,
-            e.g. the share of right answers.
+            logits; ``pooled_cosine``: 1 - mean cosine of each row's mean over its tokens (sentence embeddings), or of
+            all its numbers where there are no tokens; of several outputs the worst counts. ``accuracy``: how much the
+            share of right answers falls (the samples have ``labels``); ``nats``: how much the nats per token of the
+            samples' own text rise. Or a callable ``score(samples, outputs)`` whose fall counts.
         max_drop: the most the metric may be, or the score may fall; for ``sqnr`` the fewest dB.
         held_out: part of the samples kept away from calibration, drawn with the seed of the compile.
         samples: samples to judge on instead; then all others calibrate.
@@ -66,25 +77,31 @@ class Budget:
 
     def loss(self, samples: Results, exact: Results, got: Results) -> float:
         """How much is lost: the metric, smaller is better (for ``sqnr`` the negative dB). Padding does not count."""
-        if callable(self.metric):
-            return float(self.metric(samples, exact)) - float(self.metric(samples, got))
+        score = self.metric if callable(self.metric) else SCORES.get(self.metric)
+        if score is not None:
+            return float(score(samples, exact)) - float(score(samples, got))
+        floats = [name for name in exact[0] if exact[0][name].dtype.kind == "f"] if exact else []
+        if self.metric in ("pooled_cosine", "kl"):
+            return max((self._loss_of_rows(name, samples, exact, got) for name in floats), default=0.0)
         exact, got = (
             [results_of_tokens(sample, result) for sample, result in zip(samples, results, strict=True)]
             for results in (exact, got)
         )
-        floats = [name for name in exact[0] if exact[0][name].dtype.kind == "f"] if exact else []
         return max((self._loss_of(name, exact, got) for name in floats), default=0.0)
 
     def say(self, loss: float) -> str:
         """A loss in words."""
         if self.metric == "sqnr":
             return f"SQNR {-loss:.1f} dB"
-        name = "score lost" if callable(self.metric) else {"cosine": "1 - cosine", "kl": "KL"}.get(self.metric, "error")
+        name = "score lost" if callable(self.metric) else _WORDS[self.metric]
         return f"{name} {loss:.3g}"
 
-    def _loss_of(self, name: str, exact: Results, got: Results) -> float:
+    def _loss_of_rows(self, name: str, samples: Results, exact: Results, got: Results) -> float:
         if self.metric == "kl":
-            return _divergence(name, exact, got)
+            return divergence(name, samples, exact, got)
+        return 1.0 - pooled_cosine(name, samples, exact, got)
+
+    def _loss_of(self, name: str, exact: Results, got: Results) -> float:
         distance = Distance()
         for a, b in zip(exact, got, strict=True):
             distance.update(a[name], b[name])
@@ -112,19 +129,3 @@ def split(feeds: Iterable[Mapping[str, Array]], part: float, seed: int) -> tuple
     held = set(order[: max(1, round(part * count))].tolist()) if count > 1 else set(range(count))
     rest = set(range(count)) - held if count > 1 else held
     return Part(feeds, rest), Part(feeds, held)
-
-
-def _divergence(name: str, exact: Results, got: Results) -> float:
-    total, rows = 0.0, 0
-    for a, b in zip(exact, got, strict=True):
-        p, q = _log_softmax(a[name]), _log_softmax(b[name])
-        total += float((np.exp(p) * (p - q)).sum())
-        rows += p[..., 0].size
-    value = total / max(rows, 1)
-    return value if math.isfinite(value) else math.inf
-
-
-def _log_softmax(array: Array) -> Array:
-    wide = array.astype(np.float64)
-    shifted = wide - wide.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

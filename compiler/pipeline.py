@@ -16,13 +16,17 @@ from ..runtime.artifact import REPORT_KEY, VERSION_KEY, config_metadata, save
 from ..runtime.errors import LatheError, ModelError, PassError, VerifyError
 from ..runtime.generation.genai_folder import save_genai
 from ..runtime.session import Session
+from ..runtime.targets import Target, node_obstacles
 from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext
+from .bundle import save_bundle
 from .gate import measure_speed
 from .graph import count_ops, weight_bytes
 from .kept_caches import KeptCaches
 from .ranks import save_ranks
 from .report import PassRecord, Report, Speed
+from .reporting.compare import compare_graphs
+from .reporting.profiling import Side, profile
 from .save_parts import save_stages
 from .variants import is_quantized
 
@@ -37,15 +41,42 @@ class Compiled:
         model: the rewritten graph.
         report: what was done.
         ort_config: session options the graph wants; saved with it and applied by ``Session``.
+        sample: inputs that the model was checked on; None if it was not.
     """
 
     model: ir.Model
     report: Report
     ort_config: dict[str, Any]
+    sample: Feeds | None = dataclasses.field(default=None, kw_only=True)
 
-    def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
-        """Writes the artifact: one ``.onnx`` below 2 GB, weights in ``<name>.data`` beside it above."""
-        return save(self.model, path, metadata=self._metadata(), external_data=external_data)
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        external_data: bool | None = None,
+        bundle: bool = False,
+        extra: Mapping[str, str | os.PathLike[str]] | None = None,
+    ) -> Path:
+        """Writes the artifact: one ``.onnx`` below 2 GB, weights in ``<name>.data`` beside it above.
+
+        With ``bundle`` it is the folder ``m.bundle`` for ``m.onnx``, with the model and all that it takes to run and to
+        test it elsewhere (see ``compiler.bundle``); ``extra`` are files to put into it, ``{name: path}``.
+
+        Returns:
+            What was written: the file, or the folder.
+        """
+        if not bundle:
+            return save(self.model, path, metadata=self._metadata(), external_data=external_data)
+        return save_bundle(
+            self.model,
+            path,
+            report=self.report,
+            metadata=self._metadata(),
+            ort_config=self.ort_config,
+            sample=self.sample,
+            external_data=external_data,
+            extra=extra,
+        )
 
     def save_genai(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Writes the artifact as an onnxruntime-genai folder; options as in ``runtime.genai_folder.save_genai``."""
@@ -78,14 +109,18 @@ class Settings:
     Attributes:
         samples: feeds for the numeric comparison; empty: numbers are not compared (and the report says so).
         timed: feeds for the speed gate; empty: no gate.
+        profiled: feeds on which the operators are timed and quantized layers compared, for the report; empty: not done.
         tolerance: largest relative error of EXACT passes; None takes each pass's own.
         on_error: ``"raise"`` stops at a failing pass, ``"skip"`` leaves it out and says so.
+        target: where the model will run; a pass that makes nodes which ``web`` or ``mobile`` cannot run is left out.
     """
 
     samples: Sequence[Feeds] = ()
     timed: Sequence[Feeds] = ()
+    profiled: Sequence[Feeds] = ()
     tolerance: float | None = None
     on_error: OnError = "raise"
+    target: Target = "cpu"
 
 
 @dataclasses.dataclass
@@ -93,7 +128,8 @@ class _State:
     """The last accepted graph with its results and session options.
 
     ``reference`` is what the original gave, as the passes so far are expected to have changed it.
-    ``samples``, ``timed`` and ``feeds`` are those of the compile as it takes them: a pass may leave out caches.
+    ``samples``, ``timed``, ``profiled`` and ``feeds`` are those of the compile as it takes them: a pass may leave out
+    caches.
     ``spare`` is a clone of it that a pass left as it was, for the next pass to work on.
     """
 
@@ -103,6 +139,7 @@ class _State:
     config: dict[str, Any]
     samples: Sequence[Feeds] = ()
     timed: Sequence[Feeds] = ()
+    profiled: Sequence[Feeds] = ()
     feeds: Iterable[Feeds] = ()
     spare: ir.Model | None = None
 
@@ -122,7 +159,7 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     verify.check_structure(model)
     context.progress("running the original")
     results = _original_results(model, settings)
-    original = _State(model, results, results, {}, settings.samples, settings.timed, context.feeds)
+    original = _State(model, results, results, {}, settings.samples, settings.timed, settings.profiled, context.feeds)
     state = dataclasses.replace(original, model=model.clone())
     context = dataclasses.replace(context, original=model)
     for step in passes:
@@ -147,7 +184,13 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     if settings.timed:
         context.progress("measuring the result")
         report.speed = _speed(original, state, context)
-    return Compiled(state.model, report, state.config)
+    context.progress("comparing the graphs")
+    report.graph, report.weights = compare_graphs(model, state.model)
+    if settings.profiled:
+        sides = [Side(item.model, item.config, item.profiled) for item in (original, state)]
+        profile(report, sides[0], sides[1], context)
+    sample = dict(state.samples[0]) if state.samples else None
+    return Compiled(state.model, report, state.config, sample=sample)
 
 
 def _original_results(model: ir.Model, settings: Settings) -> verify.Results:
@@ -186,6 +229,10 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     if not outcome.changed:
         return dataclasses.replace(state, spare=candidate)
     record.counts = dict(outcome.counts)
+    if lost := _lost(state.model, candidate, settings.target):
+        record.status = "dropped"
+        record.notes.append(f"left out, as {settings.target} cannot run what it makes: {lost}")
+        return state
     config = _merge(state.config, outcome.ort_config)
     if (kept := KeptCaches.take(candidate)) is not None:
         state = _adapted(state, kept, candidate)
@@ -205,14 +252,25 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     return new
 
 
+def _lost(before: ir.Model, after: ir.Model, target: Target) -> str:
+    """The operators of ``after`` that ``target`` cannot run, if ``before`` had none of them; else empty."""
+    if target not in ("web", "mobile"):
+        return ""
+    known = {(item.what, item.reason) for item in node_obstacles(before, target)}
+    fresh = {(item.what, item.reason) for item in node_obstacles(after, target)} - known
+    return ", ".join(f"{what} ({reason})" for what, reason in sorted(fresh))
+
+
 def _adapted(state: _State, kept: KeptCaches, candidate: ir.Model) -> _State:
     """``state`` with samples and results as ``candidate`` takes and gives them."""
-    samples, timed, results, reference = (
+    samples, timed, profiled, results, reference = (
         [kept.of(arrays, candidate) for arrays in items]
-        for items in (state.samples, state.timed, state.results, state.reference)
+        for items in (state.samples, state.timed, state.profiled, state.results, state.reference)
     )
     feeds = kept.samples(state.feeds, candidate) if state.feeds != () else ()
-    return dataclasses.replace(state, samples=samples, timed=timed, results=results, reference=reference, feeds=feeds)
+    return dataclasses.replace(
+        state, samples=samples, timed=timed, profiled=profiled, results=results, reference=reference, feeds=feeds
+    )
 
 
 def _check(step: Pass, state: _State, candidate: ir.Model, settings: Settings, record: PassRecord) -> verify.Results:

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..runtime.artifact import write_atomically
+from ..runtime.files import write_atomically
 from ..runtime.ranges import TensorRange
 from .base import Refusal
+from .reporting.records import GraphChange, Latency, Weights
 
 Status = Literal["applied", "unchanged", "dropped", "failed"]
 
@@ -82,8 +83,14 @@ class Report:
         weight_bytes: bytes of initializers before and after.
         error: largest relative error of the final graph against the original, None where not measured.
         speed: final graph against the original on the target, None where not measured.
-        environment: versions, CPU, threads, command.
+        environment: versions, CPU, threads, the command and the call that make it again.
         notes: remarks about the whole.
+        graph: which nodes became which, None in reports of older versions.
+        weights: what became of the weights, None in reports of older versions.
+        latency: time of each operator for some samples; empty where not asked for.
+        analysis: error of each quantized layer, as ``Analysis.to_dict`` gives it; None where not asked for.
+        pictures: SVG pictures by title, for the page. They are not stored: what they show is in the model's metadata.
+        search: what ``lathe.optimize`` tried, where it chose the passes (``onnxlathe/optimizing/trials.py``).
     """
 
     source: str = ""
@@ -96,10 +103,16 @@ class Report:
     speed: Speed | None = None
     environment: dict[str, str] = dataclasses.field(default_factory=lambda: dict[str, str]())
     notes: list[str] = dataclasses.field(default_factory=lambda: list[str]())
+    graph: GraphChange | None = None
+    weights: Weights | None = None
+    latency: list[Latency] = dataclasses.field(default_factory=lambda: list[Latency]())
+    analysis: dict[str, Any] | None = None
+    pictures: dict[str, str] = dataclasses.field(default_factory=lambda: dict[str, str]())
+    search: dict[str, Any] = dataclasses.field(default_factory=lambda: dict[str, Any]())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready data."""
-        return dataclasses.asdict(self)
+        """Plain JSON-ready data, without the pictures."""
+        return dataclasses.asdict(dataclasses.replace(self, pictures={}))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
@@ -109,6 +122,9 @@ class Report:
         values["passes"] = [_record(record) for record in values.get("passes", [])]
         values["speed"] = Speed(**values["speed"]) if values.get("speed") else None
         values["weight_bytes"] = tuple(values.get("weight_bytes", (0, 0)))
+        values["graph"] = GraphChange.from_dict(values["graph"]) if values.get("graph") else None
+        values["weights"] = Weights.from_dict(values["weights"]) if values.get("weights") else None
+        values["latency"] = [Latency.from_dict(item) for item in values.get("latency", [])]
         return cls(**values)
 
     def known_ranges(self) -> dict[str, TensorRange]:
@@ -118,6 +134,16 @@ class Report:
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as JSON, atomically."""
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=1).encode())
+
+    def html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as one page that needs nothing else, atomically.
+
+        Raises:
+            LatheError: jinja2 is not installed.
+        """
+        from .reporting.page import render
+
+        write_atomically(Path(path), render(self).encode())
 
     def print(self, console: Console | None = None, *, refusals: bool = False) -> None:
         """Prints tables: the passes, the operators before and after, and on demand every refusal."""

@@ -77,13 +77,14 @@ def write_parts(
     causal = None
     with contextlib.suppress(ModelError):  # not a language model
         causal = read_causal_lm(model)
-    past = {tensor.past for tensor in causal.cache} if causal is not None else set[str]()
+    past = {tensor.past: tensor.present for tensor in causal.cache} if causal is not None else {}
     files: list[PartFile] = []
     for number, part in enumerate(parts):
         graph = part.model.graph
         inputs = tuple(TensorInfo.of(value) for value in graph.inputs)
         outputs = tuple(TensorInfo.of(value) for value in graph.outputs)
-        cache = tuple(info.name for info in inputs if info.name in past)
+        makes = {info.name for info in outputs}
+        cache = tuple(info.name for info in inputs if past.get(info.name) in makes)  # others only look at its shape
         files.append(
             PartFile(f"{prefix}{number}.onnx", inputs, outputs, part.received, cache, weight_bytes(part.model))
         )

@@ -21,6 +21,8 @@ _EXPORTS = {
     "export": ".compiler.exporting.export",
     "export_causal_lm": ".compiler.exporting.export_lm",
     "compile": ".api",
+    "optimize": ".optimizing.optimize",
+    "Optimized": ".optimizing.optimized",
     "make_student": ".student",
     "analyze": ".analysis",
     "Analysis": ".compiler.analysis",
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
 
     from .analysis import analyze
     from .api import compile
+    from .optimizing.optimize import optimize
+    from .optimizing.optimized import Optimized
     from .student import make_student
 
 

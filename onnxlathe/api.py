@@ -31,8 +31,11 @@ from onnxlathe.runtime.environment import environment
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import FeedSource, Samples, make_feeds
 from onnxlathe.runtime.inference import open_session, run_session, session_options
-from onnxlathe.runtime.providers import Device, resolve_device
+from onnxlathe.runtime.providers import Device
 from onnxlathe.runtime.ranges import TensorRange
+from onnxlathe.runtime.targets import Target, check_target, device_of, facts
+
+from .reporting import call_text, memory_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +64,9 @@ def compile(
     speed_gate: bool | None = None,
     verify: bool = True,
     on_error: OnError = "raise",
+    profile: bool = False,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Callable[[str], None] = True,
 ) -> Compiled:
     """Compiles a model.
 
@@ -70,7 +74,9 @@ def compile(
         model: an ``onnx_ir.Model``, a ``ModelProto``, a path, or a ``torch.nn.Module`` with its ``args``. Not changed.
         passes: a preset's name, or pass names and pass values in order.
         args: example inputs, for a torch module.
-        target: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        target: ``"cpu"``, ``"cuda"`` or ``"auto"``; or ``"web"`` (onnxruntime-web, wasm) and ``"mobile"`` (its full
+            packages), for which everything is measured on the CPU here, passes that make nodes they cannot run are left
+            out, and a result they cannot run is an error (see ``runtime.targets``).
         threads: intra-op threads of the target, 0 for ONNX Runtime's default.
         calibration: samples for the checks, the gate and calibrating passes: ``{input name: array}`` items, an ``.npz``
             file or a folder of them, or a callable that returns an iterator; they are read one at a time. Or the report
@@ -80,19 +86,23 @@ def compile(
         speed_gate: measure each pass on the target and drop what is slower; None: as the preset says.
         verify: compare the numbers after each pass.
         on_error: ``"raise"``, or ``"skip"`` to leave a failing pass out and say so in the report.
+        profile: also measure, for the report, the time of each operator before and after and, of a quantized model,
+            the error of each layer.
         seed: seed of the samples and of passes that draw random numbers.
-        progress: show what is being done on a terminal.
+        progress: show what is being done on a terminal; or a function that is told.
 
     Raises:
-        ModelError: the model or the samples cannot be used.
+        ModelError: the model or the samples cannot be used, or the target cannot run the result.
         PassError: an unknown pass or option, or a pass that failed.
         VerifyError: a pass changed the numbers beyond the tolerance.
         RuntimeUnavailable: the target is not there.
     """
-    device = resolve_device(target)
+    call = call_text(compile, locals())
+    device = device_of(target)
+    place: Target = target if target in ("web", "mobile") else device
     steps, preset_gate = resolve_passes(passes)
-    graph = _to_graph(model, args)
-    with _progress(progress) as sink, _gc_paused():
+    graph = to_graph(model, args)
+    with progress_sink(progress) as sink, _gc_paused():
         sink("checking the model")
         infer_shapes(graph)
         check_model(graph)
@@ -103,7 +113,7 @@ def compile(
         if not samples:
             raise ModelError("No samples were given.", "Give at least one, or leave calibration out.")
         gate = preset_gate if speed_gate is None else speed_gate
-        timed = (samples if feeds is not None else _timed(graph, seed, device)) if gate else []
+        measured = (samples if feeds is not None else timed_samples(graph, seed, device)) if gate or profile else []
         context = PassContext(
             device=device,
             threads=threads,
@@ -113,19 +123,35 @@ def compile(
             progress=sink,
             costs=KernelCosts.of_machine(device, threads, progress=sink),
         )
-        settings = Settings(_compared(graph, samples) if verify else [], timed, tolerance, on_error)
+        settings = Settings(
+            samples=_compared(graph, samples) if verify else [],
+            timed=measured if gate else [],
+            profiled=measured if profile else [],
+            tolerance=tolerance,
+            on_error=on_error,
+            target=place,
+        )
         compiled = run_pipeline(graph, steps, context, settings)
         sink("checking the result")
         check_model(compiled.model)
+        if place in ("web", "mobile"):
+            check_target(compiled.model, place)
+            compiled.report.notes += [f"checked for {place}", *facts(compiled.model, place)]
     compiled.report = dataclasses.replace(
         compiled.report,
         source=str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__,
-        environment=environment(threads),
+        environment={**environment(threads), "call": call},
+        pictures=memory_pictures(compiled.model),
     )
     return compiled
 
 
-def _to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
+def to_graph(model: Any, args: tuple[Any, ...] | None) -> ir.Model:
+    """The graph of anything that ``compile`` takes.
+
+    Raises:
+        ModelError: it is no model, or a torch module without example inputs.
+    """
     if isinstance(model, (ir.Model, onnx.ModelProto, str, os.PathLike)):
         return load_model(model)
     if hasattr(model, "state_dict") and hasattr(model, "forward"):
@@ -166,7 +192,7 @@ def _compared(graph: ir.Model, samples: list[dict[str, np.ndarray[Any, Any]]]) -
     return samples[1:2] or samples[:1] if weight_bytes(graph) > _LARGE else samples
 
 
-def _timed(graph: ir.Model, seed: int, device: Device) -> list[dict[str, np.ndarray[Any, Any]]]:
+def timed_samples(graph: ir.Model, seed: int, device: Device) -> list[dict[str, np.ndarray[Any, Any]]]:
     """Made samples for the speed gate: those of the usual sizes that the model can run, else one of those checked."""
     cached = any("past" in (value.name or "") for value in graph.graph.inputs)
     sizes = _TIMED_DECODER if cached else _TIMED_ENCODER
@@ -195,8 +221,11 @@ def _gc_paused() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _progress(wanted: bool) -> Generator[Callable[[str], None]]:
+def progress_sink(wanted: bool | Callable[[str], None]) -> Generator[Callable[[str], None]]:
     """A sink that shows the current step on stderr, if that is a terminal."""
+    if callable(wanted):
+        yield wanted
+        return
     if not wanted or not sys.stderr.isatty():
         yield no_progress
         return

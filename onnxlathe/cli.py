@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,9 @@ import typer
 
 from onnxlathe.runtime.errors import LatheError, PassError
 
-from .cli_devices import plan, serve, split
-from .options import Device, Model, Output, Samples, Threads, status
+from .cli_devices import place, plan, serve, split
+from .cli_goal import GoalOption, MaxDrop, Plot, Sizes, TimeBudget
+from .options import Device, Model, OptionalOutput, Output, Samples, Target, Threads, status
 
 app = typer.Typer(
     help="A compiler for ONNX models whose every rewrite is checked against what ONNX Runtime really executes.",
@@ -71,34 +71,62 @@ def export(
 @app.command()
 def compile(
     model: Model,
-    output: Output,
+    output: OptionalOutput = None,
     passes: Annotated[
         str, typer.Option(help="a preset, or pass names with options: fuse-gelu,fold-constants:growth_limit=0")
     ] = "cpu-fp32",
-    target: Device = "cpu",
+    target: Target = "cpu",
     threads: Threads = 0,
     calibration: Annotated[
-        Path | None, typer.Option(help=".npz file (input name -> array) or a folder of them; else made")
+        Path | None,
+        typer.Option(
+            "--calibration", "--samples", help=".npz file (input name -> array) or a folder of them; else made"
+        ),
     ] = None,
+    goal: GoalOption = None,
+    max_drop: MaxDrop = "1%",
+    time_budget: TimeBudget = "20m",
+    sizes: Sizes = None,
+    plot: Plot = None,
     tolerance: Annotated[float | None, typer.Option(help="largest relative error of exact passes")] = None,
     speed_gate: Annotated[bool | None, typer.Option(help="drop what is measured slower; default: the preset's")] = None,
     on_error: Annotated[str, typer.Option(help="raise, or skip a failing pass")] = "raise",
     refusals: Annotated[bool, typer.Option(help="list every place that was not rewritten, and why")] = False,
     json: Annotated[Path | None, typer.Option(help="also write the report as JSON")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write the report as a page, .html")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="also time each operator and compare each layer")] = False,
+    bundle: Annotated[bool, typer.Option("--bundle", help="write a folder that tests itself anywhere")] = False,
 ) -> None:
     """Compiles a model, prints what changed, writes the result.
 
     Example: onnxlathe compile model.onnx -o fast.onnx --passes cpu-fp32 --threads 4
+
+    Example: onnxlathe compile model.onnx --for cpu --goal speed --max-drop 1% --samples texts.npz
+
+    Example: onnxlathe compile model.onnx -o small.onnx --passes edge --calibration x.npz --target web --bundle
     """
+    if goal is not None:
+        from .cli_goal import compile_for_goal
+
+        written = compile_for_goal(
+            model, output, goal, max_drop, time_budget, samples=calibration, sizes=sizes or [], target=target,
+            threads=threads, json=json, report=report, plot=plot,
+        )  # fmt: skip
+        typer.echo(f"wrote {written} ({_size(written)})")
+        return
+    if output is None:
+        raise LatheError("compile does not know where the result goes.", "Give -o fast.onnx (or --goal).")
     if on_error not in ("raise", "skip"):
         raise PassError(f"--on-error is {on_error!r}.", "Use raise or skip.")
+    from onnxlathe.runtime.generation.tokenizer import FILE as TOKENIZER
+
     from .api import compile as compile_model
     from .arguments import check_writable, parse_passes
     from .chat import carry_tokenizer
 
-    check_writable(output, [model, calibration])
-    if json is not None:
-        check_writable(json, [model, calibration])
+    for path in (output, json, report):
+        if path is not None:
+            check_writable(path, [model, calibration])
     out = compile_model(
         model,
         parse_passes(passes),
@@ -108,13 +136,17 @@ def compile(
         tolerance=tolerance,
         speed_gate=speed_gate,
         on_error=on_error,
+        profile=profile,
     )
-    carry_tokenizer(model, out.model, output)
-    out.save(output)
+    tokenizer = carry_tokenizer(model, out.model, None if bundle else output)
+    written = out.save(output, bundle=bundle, extra={TOKENIZER: tokenizer} if tokenizer else None)
     out.report.print(refusals=refusals)
     if json is not None:
         out.report.save_json(json)
-    typer.echo(f"wrote {output} ({_size(output)})")
+    if report is not None:
+        out.report.html(report)
+        typer.echo(f"wrote {report}")
+    typer.echo(f"wrote {written} ({_size(written)})")
 
 
 @app.command()
@@ -177,6 +209,7 @@ def inspect(
     memory: Annotated[bool, typer.Option("--memory", help="memory of the activations instead")] = False,
     sizes: Annotated[str, typer.Option(help="with --memory: sizes of symbolic dims, batch=1,sequence=128")] = "",
     plan: Annotated[Path | None, typer.Option(help="with --memory: write the plan, as .svg, .h or .json")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the stored report as a page, .html")] = None,
 ) -> None:
     """Shows inputs, outputs, operators, and a stored report; or where the memory goes.
 
@@ -190,9 +223,11 @@ def inspect(
             check_writable(plan, [model])
         print_memory(model, parse_bindings(sizes), plan)
         return
-    from .look import print_inspect
+    from .look import print_inspect, write_page
 
     print_inspect(model)
+    if report is not None:
+        write_page(model, report)
 
 
 @app.command()
@@ -204,6 +239,19 @@ def diff(before: Model, after: Model, samples: Samples = None) -> None:
     from .look import print_diff
 
     print_diff(before, after, samples)
+
+
+@app.command()
+def check(
+    model: Model, target: Annotated[str, typer.Option("--target", help="cpu, cuda, web or mobile")] = "cpu"
+) -> None:
+    """Says whether a model can run on a target, and names the operators that cannot.
+
+    Example: onnxlathe check model.onnx --target web
+    """
+    from .look import print_check
+
+    print_check(model, target)
 
 
 @app.command()
@@ -239,24 +287,12 @@ def view(
 
     Example: onnxlathe view fast.onnx --before original.onnx
     """
-    if importlib.util.find_spec("netron") is None:
-        raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
-    import netron
+    from .look import view_models
 
-    from onnxlathe.runtime.artifact import load
-
-    paths = [path for path in (model, before) if path is not None]
-    for path in paths:
-        load(path)  # a clear error instead of an empty page
-    for offset, path in enumerate(paths):
-        try:
-            netron.start(str(path), ("localhost", port + offset), browse=browser)  # says the address
-        except OSError as error:
-            raise LatheError(f"Cannot serve at port {port + offset}: {error.strerror}.", "Use --port.") from error
-    netron.wait()
+    view_models([path for path in (model, before) if path is not None], port, browser)
 
 
-for command in (serve, plan, split):
+for command in (serve, plan, place, split):
     app.command()(command)
 
 
@@ -293,5 +329,5 @@ def demo(
 def _size(path: Path) -> str:
     from onnxlathe.compiler.report import format_bytes
 
-    data = [file for file in path.parent.glob(f"{path.name}.*data") if file.is_file()]
-    return format_bytes(sum(file.stat().st_size for file in [path, *data]))
+    files = path.rglob("*") if path.is_dir() else [path, *path.parent.glob(f"{path.name}.*data")]
+    return format_bytes(sum(file.stat().st_size for file in files if file.is_file()))

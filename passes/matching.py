@@ -10,6 +10,14 @@ from ..compiler.graph import MICROSOFT, Names, add_initializer, all_nodes, const
 from ..runtime.capabilities import ROWS
 
 MORE_AXES = "a constant of higher rank gives the result more axes than the input has"
+# Normalizations: operator, domain -> inputs that the result is proportional to (scale, and bias)
+NORMALIZATIONS = {
+    ("LayerNormalization", ""): (1, 2),
+    ("RMSNormalization", ""): (1,),
+    ("SimplifiedLayerNormalization", ""): (1,),
+    ("SkipLayerNormalization", MICROSOFT): (2, 3),
+    ("SkipSimplifiedLayerNormalization", MICROSOFT): (2,),
+}
 
 
 def deciding_rows(model: ir.Model) -> tuple[int, ...]:

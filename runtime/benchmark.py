@@ -72,6 +72,15 @@ def interleaved(
     return [Timing(tuple(values)) for values in medians]
 
 
+def fastest(run: Callable[[], object], seconds: float) -> float:
+    """Seconds of the fastest of the calls that fit into ``seconds``, after a first one that is not counted."""
+    run()
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        best = min(best, _time(run))
+    return best
+
+
 def _time(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()

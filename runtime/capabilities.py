@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from .benchmark import fastest
 from .environment import cpu_name
 from .errors import LatheError
 from .inference import session_options
@@ -126,13 +126,8 @@ def measure(device: Device = "cpu", threads: int = 0, budget: float = 0.02) -> d
             continue
         for rows in ROWS:
             feeds = _feeds(session, rows)
-            session.run(None, feeds)
-            fastest, start = float("inf"), time.perf_counter()
-            while time.perf_counter() - start < budget:
-                before = time.perf_counter()
-                session.run(None, feeds)
-                fastest = min(fastest, time.perf_counter() - before)
-            table[f"{form}|{rows}"] = fastest * 1e9 / (rows * WIDTH)
+            seconds = fastest(functools.partial(session.run, None, feeds), budget)
+            table[f"{form}|{rows}"] = seconds * 1e9 / (rows * WIDTH)
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +21,18 @@ def environment(threads: int = 0) -> dict[str, str]:
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
         "threads": str(threads) if threads else "default",
-        "command": " ".join(sys.argv),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """The command line, to be pasted into a shell."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":  # python -m package
+        start = ["python", "-m", program.parent.name]
+    else:
+        start = ["python", str(program)] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def cpu_name() -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -37,6 +39,7 @@ from onnxlathe.runtime.distributed import (
 )
 from onnxlathe.runtime.distributed.workers import WorkerDied
 from onnxlathe.runtime.errors import ModelError, PlanError, RuntimeUnavailable
+from onnxlathe.runtime.generation.prefix_cache import PrefixCache
 from rewriting import from_text
 
 TEXT = """<ir_version: 10, opset_import: ["" : 20]> g (float[batch, 32] x, float[32, 64] a, float[64, 32] b)
@@ -164,21 +167,42 @@ def test_the_best_setting_uses_all_cores(file: Path) -> None:
     assert workers * threads == len(os.sched_getaffinity(0))
 
 
+PROMPTS = [[1, 403, 407, 261, 378], [1, 346, 388]]
+
+
+def divided_stories(folder: Path) -> list[list[int]]:
+    """Two stages and two ranks of stories260k; returns the texts of one session."""
+    stages = grouped(stories(), rotary=False)
+    ranks = stages.clone()
+    texts = [text.tolist() for text in lathe.Session(stages, threads=1).generate(PROMPTS, 40)]
+    PartitionStages(k=2, cost="roofline")(stages, PassContext(threads=1))
+    PartitionTensor(2)(ranks, PassContext(threads=1))
+    lathe.save_stages(stages, folder / "stages")
+    lathe.save_ranks(ranks, folder / "ranks")
+    return texts
+
+
 def test_a_ray_cluster_of_two_nodes(file: Path, tmp_path: Path) -> None:
-    """Ray's own test cluster: the same code, a worker on each node. In a process of its own, before Ray starts here."""
+    """Ray's own test cluster: the same code, a worker, stage or rank on each node, and the texts of one session.
+
+    In a process of its own, before Ray starts here.
+    """
     pytest.importorskip("ray")
+    texts = divided_stories(tmp_path)
+    command = [sys.executable, "-c", CLUSTER, str(file), str(tmp_path), json.dumps([PROMPTS, texts])]
     with (tmp_path / "log").open("w+") as log:  # Ray's daemons keep a pipe open
-        subprocess.run([sys.executable, "-c", CLUSTER, str(file)], stdout=log, stderr=log, timeout=90)
+        subprocess.run(command, stdout=log, stderr=log, timeout=240)
         log.seek(0)
         text = log.read()
     assert "nodes 2 right True" in text, text[-2000:]
+    assert "Pipeline on 2 nodes, texts True" in text and "TensorParallel on 2 nodes, texts True" in text, text[-2000:]
 
 
 CLUSTER = """
-import sys
+import json, sys
 import numpy as np, ray
 from ray.cluster_utils import Cluster
-from onnxlathe.runtime.distributed import DataParallel
+from onnxlathe.runtime.distributed import DataParallel, Pipeline, TensorParallel
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -188,6 +212,11 @@ with DataParallel(sys.argv[1], workers=2) as parallel:
     result = parallel.run({"x": x})
 right = bool((result["row"] == np.arange(500)).all()) and parallel.engine == "ray"
 print("nodes", len(ray.nodes()), "right", right)
+prompts, texts = json.loads(sys.argv[3])
+for kind, name in ((Pipeline, "stages"), (TensorParallel, "ranks")):
+    with kind(sys.argv[2] + "/" + name) as parts:
+        same = [text.tolist() for text in parts.generate(prompts, 40)] == texts
+        print(kind.__name__, "on", len(set(parts.nodes())), "nodes, texts", same)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -222,6 +251,54 @@ def test_ray_stages_and_ranks(ray_of_tests: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.run(rows(5))["row"], np.arange(5))
     with pytest.raises(PlanError, match="not ranks"):
         TensorParallel(tmp_path / "stages")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_texts_through_ray_are_those_of_one_session(
+    ray_of_tests: Any, in_place: bool, exported_stories: ir.Model, tmp_path: Path
+) -> None:
+    """Both kinds of cache, rows of different lengths and alone, caches that grow, prompts in chunks, prefixes kept."""
+    whole = grouped(stories(), rotary=False) if in_place else exported_stories
+    session = lathe.Session(whole, threads=1)
+    staged = whole.clone()
+    ranked = whole.clone() if in_place else lathe.compile(whole, ["basic"], verify=False, progress=False).model
+    PartitionStages(k=3, cost="roofline")(staged, PassContext(threads=1))
+    PartitionTensor(2)(ranked, PassContext(threads=1))
+    for kind, folder in (
+        (Pipeline, lathe.save_stages(staged, tmp_path / "stages")),
+        (TensorParallel, lathe.save_ranks(ranked, tmp_path / "ranks")),
+    ):
+        with kind(folder) as parts:
+            for prompts, options in ((PROMPTS, {}), (PROMPTS[0], {"max_length": 30, "prefill_chunk": 2})):
+                expected = session.generate(prompts, 20, **options)
+                for got, wanted in zip(parts.generate(prompts, 20, **options), expected, strict=True):
+                    np.testing.assert_array_equal(got, wanted)
+            expected = session.generate(PROMPTS[1], 300)  # longer than the cache begins
+            np.testing.assert_array_equal(parts.generate(PROMPTS[1], 300), expected)
+            parts.prefixes = PrefixCache(1 << 20)
+            for _ in range(2):
+                np.testing.assert_array_equal(parts.generate(PROMPTS[0], 20), session.generate(PROMPTS[0], 20))
+            assert parts.prefixes.use.reused == len(PROMPTS[0]) - 1
+            with pytest.raises(ModelError, match="token id 99999"):
+                parts.generate([99_999])
+
+
+def test_actors_forget_caches_and_say_what_is_wrong(ray_of_tests: Any, tmp_path: Path) -> None:
+    divided_stories(tmp_path)
+    with TensorParallel(tmp_path / "ranks") as parts:
+        parts.generate(PROMPTS, 4)
+        gc.collect()
+        assert parts.each("held", [(), ()]) == [0, 0]
+        os.kill(parts.each("process", [(), ()])[1], signal.SIGKILL)
+        with pytest.raises(RuntimeUnavailable, match="is gone"):
+            parts.generate(PROMPTS, 4)
+    mixed = model()
+    PartitionStages(k=2, cost="roofline")(mixed, PassContext())
+    with Pipeline(lathe.save_stages(mixed, tmp_path / "no text")) as pipeline:
+        with pytest.raises(ModelError, match="cannot generate"):
+            pipeline.generate([1])
+        with pytest.raises(ModelError, match="dtype"):
+            pipeline.run({"x": np.zeros((1, 32))})
 
 
 def test_ray_data(ray_of_tests: Any, file: Path) -> None:
@@ -272,7 +349,23 @@ def test_serving(ray_of_tests: Any, tmp_path: Path) -> None:
         lines = [json.loads(line) for line in content.splitlines()]
         assert code == 200 and sum("token" in line for line in lines) == 20 and "done" in lines[-1]
         assert "".join(line["text"] for line in lines).startswith(", there was"), lines
-        assert post(port, "/health", b"", token="")[0] == 200
+        assert post(port, "/health", b"", token="")[0] == 200 and post(port, "/health", b"{}")[0] == 405
+        code, content = post(port, "/generate", b'{"prompt": [1, 99999], "stream": true}')
+        assert code == 400 and b"token id 99999" in content, "an error in front of the first token is no stream"
+        code, content = post(port, "/generate", b'{"prompt": [1], "temperatur": 1}')
+        assert code == 400 and b"knows no ['temperatur']" in content
+        for _ in range(10):  # clients that go in the middle of a stream
+            gone = socket.create_connection(("127.0.0.1", port))
+            body = b'{"prompt": [1, 403], "max_new_tokens": 500, "stream": true}'
+            head = b"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: %d\r\n\r\n"
+            gone.sendall(head % len(body) + body)
+            assert gone.recv(100).startswith(b"HTTP/1.1 200")
+            gone.close()
+        until = time.monotonic() + 20
+        while b"onnxlathe_texts_running 0" not in post(port, "/metrics", b"")[1]:
+            assert time.monotonic() < until, "texts that nobody reads are still generated"
+        with pytest.raises(RuntimeUnavailable, match="Cannot listen"):
+            start_server(file, port=port)
         assert post(port, "/metrics", b"", token="wrong")[0] == 401
         assert b'status="413"' in post(port, "/metrics", b"")[1]
         assert post(port, "/predict", b'{"inputs": {"input_ids": [[1, "a"]]}}')[0] == 400

@@ -47,6 +47,14 @@ def test_examples_run(source: str, tmp_path: Path) -> None:
     assert "1 Attention" in done.stdout and (tmp_path / "encoder.onnx").exists()
 
 
+@pytest.mark.parametrize("example", ["custom_pass", "data_parallel", "edge_bundle", "generate_text"])
+def test_other_examples_run(example: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, ROOT / "examples" / f"{example}.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 def test_ci_installs_and_tests_by_the_lines_of_the_readme() -> None:
     install, test = (block.strip() for block in blocks(ROOT / "README.md", "bash")[:2])
     script = (ROOT / ".ci" / "run").read_text()

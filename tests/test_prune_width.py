@@ -16,10 +16,10 @@ from onnxlathe.compiler.graph import constant, weight_bytes
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.verify import check_structure, compare, run_reference
 from onnxlathe.passes import PruneWidth
-from onnxlathe.passes.pruning.coupling import Dimension
 from onnxlathe.passes.pruning.coupling_rules import coupling_of
 from onnxlathe.passes.pruning.cut import cut
 from onnxlathe.passes.pruning.fit import mask
+from onnxlathe.passes.pruning.units import Dimension
 from onnxlathe.runtime.errors import LatheError, PassError
 from onnxlathe.runtime.feeds import make_feeds
 from rewriting import from_text, inside_if, with_external_data

@@ -113,6 +113,8 @@ def test_stories_through_stages_are_the_same(in_place: bool, exported_stories: i
     expected = lathe.Session(model, threads=1).generate(prompts, 40)
     for k in (2, 3):
         session = lathe.StagedSession(staged(model, tmp_path / f"{k}", k), threads=1)
+        caches = [name for part in session.manifest.parts for name in part.cache]
+        assert sorted(caches) == sorted(v.name for v in model.graph.inputs if "past" in v.name), "each in one stage"
         assert all(part.cache for part in session.manifest.parts[: k - 1]), "each stage keeps a cache of its own"
         for got, wanted in zip(session.generate(prompts, 40), expected, strict=True):
             np.testing.assert_array_equal(got, wanted)
@@ -144,7 +146,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         lathe.save_stages(small(), tmp_path / "s")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
-    with pytest.raises(ModelError, match="holds no divided model"):
+    with pytest.raises(ModelError, match="is not a divided model"):
         staged(small(), tmp_path / "mine", 2)
     folder = staged(small(), tmp_path / "s", 2)
     with pytest.raises(ModelError, match="cannot generate"):

@@ -13,10 +13,10 @@ from ...runtime.errors import ModelError, PassError
 from ...runtime.feeds import FeedSource, Samples, check_feeds
 from ...runtime.generation.causal_lm import MASK, POSITIONS, TOKENS
 from ..base import Array, Feeds
-from .losses import IGNORED
+from ..scores import LABELS
 
-LABELS = "labels"
-"""Key of a sample under which labels stand; it is no input."""
+IGNORED = -100
+"""The label of what does not count."""
 Data = FeedSource | Iterable[Sequence[int] | Array]
 
 
@@ -70,11 +70,15 @@ def _windows(streams: Sequence[Any], model: ir.Model, window: int, batch: int) -
         rows += [tokens[start : start + window] for start in range(0, len(tokens) - 1, window)]
     rows.sort(key=len)  # little padding within a batch
     for start in range(0, len(rows), batch):
-        yield _sample(rows[start : start + batch], inputs)
+        yield sample_of_rows(rows[start : start + batch], inputs)
 
 
-def _sample(rows: list[Array], inputs: Mapping[str, ir.Value]) -> Feeds:
-    """Rows padded on the right, from an empty cache; labels are the next tokens."""
+def sample_of_rows(rows: Sequence[Array], inputs: Mapping[str, ir.Value]) -> Feeds:
+    """Rows of tokens padded on the right, from an empty cache, for a model with ``inputs``; labels are the next tokens.
+
+    Raises:
+        ModelError: the model has an input that tokens say nothing of.
+    """
     longest = max(len(row) for row in rows)
     ids = np.zeros((len(rows), longest), np.int64)
     mask = np.zeros_like(ids)

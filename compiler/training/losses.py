@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...runtime.errors import ModelError
+from .data import IGNORED
 
 Distance = Literal["mse", "cosine"]
-IGNORED = -100
-"""The label of what does not count."""
 
 
 def token_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.graph import (
-    FROM_KEY,
-    PASS_KEY,
     Names,
-    add_initializer,
     all_nodes,
     dims,
     is_op,
@@ -23,7 +19,7 @@ from ...compiler.graph import (
     remove_dead,
 )
 from ..matching import next_node
-from .projections import join_columns
+from .projections import join_columns, place_joined, split_columns
 
 _RULE = "act(x Wg) * (x Wu) -> Split(x [Wg | Wu])"
 _OPSET = 13  # Split takes its sizes as an input
@@ -71,22 +67,12 @@ class FuseGateUp(Pass):
             "MatMul", operands, name=base, output=f"{base}_out", dtype=gate.outputs[0].dtype, shape=shape
         )
         half = int(width or 0) // 2
-        sizes = add_initializer(graph, names, f"{base}.widths", np.array([half, half], np.int64))
-        parts = [
-            ir.Value(
-                name=names.fresh(f"{node.outputs[0].name}_part"), shape=node.outputs[0].shape, type=gate.outputs[0].type
-            )
-            for node in (gate, up)
-        ]
-        split = ir.node(
-            "Split", [product.outputs[0], sizes], attributes={"axis": -1}, outputs=parts, name=f"{base}/split"
+        pair = (gate, up)
+        split = split_columns(
+            graph, names, base, product.outputs[0], [node.outputs[0] for node in pair], [half, half], _OPSET
         )
-        for node in (product, split):
-            node.metadata_props[PASS_KEY] = self.name
-            node.metadata_props[FROM_KEY] = f"MatMul:{gate.name}, MatMul:{up.name}"
-        first = gate if _comes_before(gate, up, graph) else up
-        graph.insert_before(first, [product, split])
-        for node, part in zip((gate, up), parts, strict=True):
+        place_joined([product, split], pair, self.name)
+        for node, part in zip(pair, split.outputs, strict=True):
             node.outputs[0].replace_all_uses_with(part)
 
 
@@ -125,10 +111,3 @@ def _obstacle(gate: ir.Node, up: ir.Node) -> str:
     if dims(gate.inputs[1]) != dims(up.inputs[1]):
         return "gate and up differ in size"
     return ""
-
-
-def _comes_before(a: ir.Node, b: ir.Node, graph: ir.Graph) -> bool:
-    for node in graph:
-        if node is a or node is b:
-            return node is a
-    return False

@@ -10,9 +10,7 @@ import onnx_ir as ir
 
 from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.graph import (
-    FROM_KEY,
     MICROSOFT,
-    PASS_KEY,
     Array,
     Names,
     add_initializer,
@@ -26,7 +24,7 @@ from ...compiler.graph import (
     producer,
     remove_dead,
 )
-from .projections import biased_product, join_columns
+from .projections import biased_product, join_columns, place_joined, split_columns
 
 _RULE = "three projections of one input -> MatMul + Split"
 
@@ -136,6 +134,7 @@ def _merge(attention: ir.Node, projections: list[_Projection], names: Names, ver
     graph, source = first.graph, first.inputs[0]
     if not isinstance(graph, ir.Graph):
         raise _Refused("it lies in a model-local function; inline functions first")
+    products = [item.product for item in projections]
     widths = [_width(item) for item in projections]
     base = names.fresh(f"{first.name}/qkv")
     weights = [(item.product.inputs[1], item.columns) for item in projections]
@@ -155,35 +154,12 @@ def _merge(attention: ir.Node, projections: list[_Projection], names: Names, ver
     if is_op(attention, "GroupQueryAttention", domain=MICROSOFT):
         for index, value in enumerate((merged, None, None)):
             attention.replace_input_with(index, value)
-        _place(nodes, projections, by)
+        place_joined(nodes, products, by)
         return
-    sizes = [add_initializer(graph, names, f"{base}.widths", np.array(widths, np.int64))] if version >= 13 else []
-    parts = [
-        ir.Value(name=names.fresh(f"{item.value.name}_part"), shape=item.value.shape, type=item.value.type)
-        for item in projections
-    ]
-    attributes = {"axis": -1} if sizes else {"axis": -1, "split": widths}
-    operands = [merged, *sizes]
-    nodes.append(ir.node("Split", operands, attributes=attributes, outputs=parts, name=names.fresh(f"{base}/split")))
-    _place(nodes, projections, by)
-    for item, part in zip(projections, parts, strict=True):
+    split = split_columns(graph, names, base, merged, [item.value for item in projections], widths, version)
+    place_joined([*nodes, split], products, by)
+    for item, part in zip(projections, split.outputs, strict=True):
         item.value.replace_all_uses_with(part)
-
-
-def _place(nodes: list[ir.Node], projections: list[_Projection], by: str) -> None:
-    """Puts ``nodes`` right behind what makes the input of the projections."""
-    first = projections[0].product
-    graph, source = first.graph, first.inputs[0]
-    if graph is None:
-        raise ValueError(f"{first.name} is not in a graph")
-    for node in nodes:
-        node.metadata_props[PASS_KEY] = by
-        node.metadata_props[FROM_KEY] = ", ".join(f"MatMul:{item.product.name}" for item in projections)
-    maker = producer(source)
-    if maker is not None and maker.graph is graph:
-        graph.insert_after(maker, nodes)
-    else:  # a graph input, or a value of an enclosing graph: available from the start
-        graph.insert_before(graph[0], nodes)
 
 
 def _width(item: _Projection) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.graph import Array, Names, constant, only_consumer, producer
+from ...compiler.graph import FROM_KEY, PASS_KEY, Array, Names, add_initializer, constant, only_consumer, producer
 
 
 def join_columns(
@@ -39,6 +39,47 @@ def join_columns(
     value = ir.Value(name=name, shape=shape.copy(), type=ir.TensorType(dtype), const_value=joined)
     graph.register_initializer(value)
     return value
+
+
+def split_columns(
+    graph: ir.Graph,
+    names: Names,
+    base: str,
+    joined: ir.Value,
+    results: Sequence[ir.Value],
+    widths: Sequence[int],
+    version: int,
+) -> ir.Node:
+    """A Split of ``joined``, not yet in the graph, whose outputs are like ``results``, ``widths`` columns each.
+
+    Args:
+        graph: receives the sizes as an initializer, where the opset takes them as an input.
+        names: source of fresh names.
+        base: what names begin with.
+        joined: [..., sum of widths].
+        results: what the parts stand for.
+        widths: columns of each part.
+        version: opset.
+    """
+    sizes = [add_initializer(graph, names, f"{base}.widths", np.array(widths, np.int64))] if version >= 13 else []
+    attributes = {"axis": -1} if sizes else {"axis": -1, "split": list(widths)}
+    parts = [ir.Value(name=names.fresh(f"{value.name}_part"), shape=value.shape, type=value.type) for value in results]
+    return ir.node("Split", [joined, *sizes], attributes=attributes, outputs=parts, name=names.fresh(f"{base}/split"))
+
+
+def place_joined(nodes: Sequence[ir.Node], products: Sequence[ir.Node], by: str) -> None:
+    """Puts ``nodes``, made of the matrix ``products`` of one input, right behind what makes that input."""
+    graph, source = products[0].graph, products[0].inputs[0]
+    if graph is None:
+        raise ValueError(f"{products[0].name} is not in a graph")
+    for node in nodes:
+        node.metadata_props[PASS_KEY] = by
+        node.metadata_props[FROM_KEY] = ", ".join(f"MatMul:{product.name}" for product in products)
+    maker = producer(source)
+    if maker is not None and maker.graph is graph:
+        graph.insert_after(maker, nodes)
+    else:  # a graph input, or a value of an enclosing graph: available from the start
+        graph.insert_before(graph[0], nodes)
 
 
 def biased_product(value: ir.Value, *, shared: bool = False) -> tuple[ir.Value, Array] | None:

@@ -12,19 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.graph import MICROSOFT, Array, Names, add_initializer, constant, dims, is_op, producer
+from ...compiler.graph import Array, Names, add_initializer, constant, dims, is_op, producer
+from ..matching import NORMALIZATIONS
 from .blockwise import searched_grid
 from .gptq import row_losses
 
 EXPONENTS = tuple(round(0.05 * step, 2) for step in range(21))
-# Normalizations: operator, domain, indices of the inputs that carry scale and bias.
-_NORMALIZATIONS = {
-    ("LayerNormalization", ""): (1, 2),
-    ("RMSNormalization", ""): (1,),
-    ("SimplifiedLayerNormalization", ""): (1,),
-    ("SkipLayerNormalization", MICROSOFT): (2, 3),
-    ("SkipSimplifiedLayerNormalization", MICROSOFT): (2,),
-}
 
 
 def awq_scales(
@@ -70,9 +63,9 @@ class Upstream:
             return
         node = x.producer()
         kind = (node.op_type, node.domain) if node is not None else ("", "")
-        if node is not None and kind in _NORMALIZATIONS:
+        if node is not None and kind in NORMALIZATIONS:
             used = [
-                index for index in _NORMALIZATIONS[kind] if index < len(node.inputs) and node.inputs[index] is not None
+                index for index in NORMALIZATIONS[kind] if index < len(node.inputs) and node.inputs[index] is not None
             ]
             self.constants = [(node, index) for index in used]
         elif node is not None and is_op(node, "Mul"):

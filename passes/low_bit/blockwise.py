@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.quantization import pack_bits
+from .stored_scales import Scales, scales_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -82,11 +83,11 @@ def slabs(rows: int) -> Iterator[slice]:
         yield slice(start, start + _ROWS)
 
 
-def stored_bytes(shape: tuple[int, int], bits: int, block_size: int, symmetric: bool) -> int:
-    """Bytes of a weight [N, K] with float32 scales: codes, scales and packed zero points."""
+def stored_bytes(shape: tuple[int, int], bits: int, block_size: int, symmetric: bool, scales: Scales = "float") -> int:
+    """Bytes of a weight [N, K]: codes, scales (float32, or a byte each) and packed zero points."""
     rows, blocks = shape[0], -(-shape[1] // block_size)
     zero_points = 0 if symmetric else -(-blocks * bits // 8)
-    return rows * (blocks * (block_size * bits // 8 + 4) + zero_points)
+    return rows * (blocks * block_size * bits // 8 + zero_points) + scales_bytes(rows * blocks, scales)
 
 
 def minmax_grid(weight: Array, bits: int, block_size: int, symmetric: bool) -> Grid:

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from ...compiler.base import Claim, Gate, Outcome, Pass, PassContext
+from .choices import FLOAT, choices_of, usable
 from .few_levels import BITS, Levels, few_levels
-from .low_bit import FLOAT, choices_of, usable
 from .nbits_nodes import Coded, Writer
 
 

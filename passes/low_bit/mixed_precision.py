@@ -13,11 +13,14 @@ import onnx_ir as ir
 from ...compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ...compiler.graph import Array
 from ...runtime.errors import PassError
+from .accuracy_levels import Level
 from .blockwise import searched_grid
+from .choices import FLOAT, Choice, usable
 from .linear_weights import Weight, find_weights, groups_by_input
-from .low_bit import FLOAT, Choice, Level, Method, effect_samples, quantize, usable
-from .output_effect import OutputEffect, Swap
+from .low_bit import Method, quantize
+from .output_effect import OutputEffect, Swap, effect_samples
 from .product_times import product_seconds
+from .stored_scales import Scales
 
 Unit = Literal["bits", "bytes", "latency"]
 
@@ -55,6 +58,8 @@ class MixedPrecision(Pass):
         symmetric: as in QuantizeWeights.
         method: as in QuantizeWeights.
         accuracy_level: as in QuantizeWeights.
+        scales: as in QuantizeWeights; with a byte each smaller blocks and more bits fit into the budget. Symmetric
+            weights keep float ones.
         target: as in QuantizeWeights.
     """
 
@@ -68,6 +73,7 @@ class MixedPrecision(Pass):
     symmetric: bool = False
     method: Method = "rtn"
     accuracy_level: Level = "auto"
+    scales: Scales = "uint8"
     target: float = 0.5
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
@@ -114,6 +120,7 @@ class MixedPrecision(Pass):
             form="operator",
             target=self.target,
             level=self.accuracy_level,
+            scales=self._scales,
         )
         outcome.notes.append(f"effect on {effect.output!r}: predicted {predicted:.3g}, measured {effect(model):.3g}")
         return outcome
@@ -145,10 +152,14 @@ class MixedPrecision(Pass):
             return 1.0
         return sum(self._cost(group, Option(FLOAT, 0), context) for group in groups)
 
+    @property
+    def _scales(self) -> Scales:
+        return "float" if self.symmetric else self.scales
+
     def _choice(self, weight: Weight, option: Option) -> Choice:
         bits = option.bits if weight.linears else FLOAT
         table = option.bits if weight.gathers else FLOAT
-        return Choice(weight, bits, table, option.block_size, self.symmetric)
+        return Choice(weight, bits, table, option.block_size, self.symmetric, self._scales)
 
 
 def solve(effects: Array, costs: Array, budget: float) -> list[int]:

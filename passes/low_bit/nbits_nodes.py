@@ -22,6 +22,7 @@ from ...compiler.graph import (
 )
 from .blockwise import Grid, pack_codes, pack_zero_points
 from .linear_weights import Linear, Weight
+from .stored_scales import Scales, add_scales, scales_bytes, with_positive_scales
 
 Form = Literal["operator", "qdq"]
 QDQ_OPSET = {2: 25, 4: 21, 8: 21}
@@ -46,10 +47,11 @@ class Writer:
         by: name of the pass.
         form: MatMulNBits, or the portable DequantizeLinear that ONNX Runtime fuses into it.
         level: MatMulNBits' accuracy_level.
+        scales: how scales are stored; those of DequantizeLinear stay float.
     """
 
-    def __init__(self, model: ir.Model, by: str, form: Form, level: int) -> None:
-        self._model, self._by, self._form, self._level = model, by, form, level
+    def __init__(self, model: ir.Model, by: str, form: Form, level: int, scales: Scales = "float") -> None:
+        self._model, self._by, self._form, self._level, self._scales_as = model, by, form, level, scales
         self._names = Names(model)
 
     def write(self, weight: Weight, coded: Coded, *, linears: bool, gathers: bool) -> list[ir.Node]:
@@ -85,23 +87,28 @@ class Writer:
 
     def _packed_tensors(self, graph: ir.Graph, weight: Weight, coded: Coded, flat: bool) -> list[ir.Value | None]:
         """B, scales and zero points; B as MatMulNBits wants it, [N, blocks, bytes], or ``flat`` for a table alone."""
-        base, grid = weight.name, coded.grid
-        packed = pack_codes(coded.codes, grid)
+        base, codes, grid = weight.name, coded.codes, coded.grid
+        compact = self._scales_as == "uint8" and scales_bytes(grid.scales.size, "uint8") < grid.scales.nbytes
+        if compact:
+            codes, grid = with_positive_scales(codes, grid)
+        packed = pack_codes(codes, grid)
         if flat:
             packed = packed.reshape(len(packed), -1)[:, : -(-weight.inputs * grid.bits // 8)]
         zero_points = None
         if not grid.is_symmetric:
             zero_points = add_initializer(graph, self._names, f"{base}_zero_points", pack_zero_points(grid))
-        return [
-            add_initializer(graph, self._names, f"{base}_q{grid.bits}", packed),
-            add_initializer(graph, self._names, f"{base}_scales", self._scales(weight, coded, "nk")),
-            zero_points,
-        ]
+        stored = add_initializer(graph, self._names, f"{base}_q{grid.bits}", packed)
+        if compact:
+            dtype = weight.value.dtype or ir.DataType.FLOAT
+            scales = add_scales(graph, self._names, f"{base}_scales", grid.scales, dtype, self._by)
+        else:
+            scales = add_initializer(graph, self._names, f"{base}_scales", self._scales(weight, coded, "nk"))
+        return [stored, scales, zero_points]
 
     def _product(self, weight: Weight, coded: Coded, linear: Linear, stored: list[ir.Value | None]) -> ir.Node:
         grid, old = coded.grid, linear.node
         sizes = {"K": weight.inputs, "N": weight.outputs, "bits": grid.bits, "block_size": grid.block_size}
-        operands = [linear.x, *stored, None, linear.bias]
+        operands = [old.inputs[0], *stored, None, _bias(old)]
         while operands[-1] is None:
             operands.pop()
         new = make_node(
@@ -201,7 +208,8 @@ class Writer:
             shape=[weight.inputs, weight.outputs],
             attributes={"axis": 0, "block_size": coded.grid.block_size},
         )
-        operands = [linear.x, dequantize.outputs[0], *([linear.bias] if linear.bias is not None else [])]
+        bias = _bias(old)
+        operands = [old.inputs[0], dequantize.outputs[0], *([bias] if bias is not None else [])]
         output = self._names.fresh(f"{old.outputs[0].name}_q{coded.grid.bits}")
         attributes = {key: attribute(old, key) for key in old.attributes if key != "transB"}
         product = make_node(
@@ -214,6 +222,11 @@ class Writer:
         )
         replace(old, [dequantize, product], by=self._by)
         return product
+
+
+def _bias(product: ir.Node) -> ir.Value | None:
+    """The bias of a Gemm, as it is now: the product that made it may have been replaced before this one."""
+    return product.inputs[2] if is_op(product, "Gemm") and len(product.inputs) > 2 else None
 
 
 def drop_unused(value: ir.Value) -> None:

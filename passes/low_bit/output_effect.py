@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.base import Feeds
+from ...compiler.base import Feeds, PassContext
 from ...runtime.errors import ModelError
+from ...runtime.feeds import make_feeds
 from ...runtime.inference import open_session, run_session, session_options
 from ...runtime.providers import Device
 from .streams import PATIENT, token_rows
 
 _MOST_NUMBERS = 1 << 24  # of the reference's outputs that are kept
+_EFFECT_SAMPLES = 8
+_ROWS = 256  # compared at a time: rows of logits are long
 
 
 class OutputEffect:
@@ -37,7 +41,8 @@ class OutputEffect:
         self._threads = threads
         self.output, self.is_logits = _compared_output(model)
         self._samples: list[tuple[Feeds, np.ndarray]] = []
-        session = open_session(model, session_options(threads=threads, repack=False, ort_config=PATIENT), device)
+        options = session_options(threads=threads, optimize=False, repack=False, ort_config=PATIENT)
+        session = open_session(model, options, device)
         room = _MOST_NUMBERS
         for sample in feeds:
             rows = self._rows(run_session(session, sample, [self.output])[self.output], sample)
@@ -61,13 +66,15 @@ class OutputEffect:
         """The figure for outputs computed elsewhere, one for each of ``samples``."""
         total = weight = 0.0
         for (sample, expected), output in zip(self._samples, outputs, strict=True):
-            rows = self._rows(output, sample)
-            if self.is_logits:
-                total += float((np.exp(expected) * (expected - rows)).sum(dtype=np.float64))
-                weight += len(rows)
-            else:
-                total += float(((expected - rows) ** 2).sum(dtype=np.float64))
-                weight += float((expected**2).sum(dtype=np.float64))
+            found = token_rows(output, sample)
+            for start in range(0, len(expected), _ROWS):
+                part, rows = expected[start : start + _ROWS], found[start : start + _ROWS]
+                if self.is_logits:
+                    total += float((np.exp(part) * (part - _logarithms(rows))).sum(dtype=np.float64))
+                    weight += len(rows)
+                else:
+                    total += float(((part - rows) ** 2).sum(dtype=np.float64))
+                    weight += float((part**2).sum(dtype=np.float64))
         figure = total / max(weight, 1e-30)
         return figure if np.isfinite(figure) else float("inf")
 
@@ -76,8 +83,10 @@ class OutputEffect:
         rows = token_rows(output, sample)
         if not self.is_logits:
             return rows
-        rows = rows - rows.max(axis=-1, keepdims=True)
-        return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+        found = np.empty_like(rows)
+        for start in range(0, len(rows), _ROWS):
+            found[start : start + _ROWS] = _logarithms(rows[start : start + _ROWS])
+        return found
 
 
 class Swap:
@@ -113,6 +122,18 @@ class Swap:
             run_session(self._session, {**sample, **arrays}, [self._effect.output])[self._effect.output]
             for sample in self._effect.samples
         )
+
+
+def _logarithms(rows: np.ndarray) -> np.ndarray:
+    """The logarithmic softmax of each row."""
+    rows = rows - rows.max(axis=-1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+
+
+def effect_samples(model: ir.Model, context: PassContext, count: int = _EFFECT_SAMPLES) -> list[Feeds]:
+    """The samples on which effects are measured: the first ``count`` given, else made ones."""
+    samples = list(itertools.islice(context.feeds, count))
+    return samples or make_feeds(model, context.seed)
 
 
 def _compared_output(model: ir.Model) -> tuple[str, bool]:

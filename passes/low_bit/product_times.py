@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import time
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
+from ...runtime.benchmark import fastest
 from ...runtime.inference import session_options
 from ...runtime.providers import Device, providers_for
 from .blockwise import Grid, minmax_grid, pack_codes, pack_zero_points
@@ -35,13 +35,7 @@ def product_seconds(
     options = session_options(threads=threads)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=providers_for(device))
     feeds = {"x": np.ones((1, inputs), np.float32)}
-    session.run(None, feeds)
-    fastest, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < _SECONDS:
-        before = time.perf_counter()
-        session.run(None, feeds)
-        fastest = min(fastest, time.perf_counter() - before)
-    return fastest
+    return fastest(functools.partial(session.run, None, feeds), _SECONDS)
 
 
 def _float_model(weight: np.ndarray) -> onnx.ModelProto:

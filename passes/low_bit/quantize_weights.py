@@ -9,9 +9,12 @@ import onnx_ir as ir
 
 from ...compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ...compiler.graph import weight_bytes
+from .accuracy_levels import Level
+from .choices import choices_of, usable
 from .linear_weights import Weight
-from .low_bit import Level, Method, choices_of, quantize, usable
+from .low_bit import Method, quantize
 from .nbits_nodes import Form
+from .stored_scales import Scales
 
 Bits = Literal[2, 4, 8, 16]
 
@@ -45,6 +48,9 @@ class QuantizeWeights(Pass):
             fuses into it and other runtimes understand.
         accuracy_level: 4 lets the CPU kernels round activations to int8, which more than doubles their speed; 0 does
             not; auto measures its effect on the output and decides product by product.
+        scales: float keeps them as the activations are (32 bits on the CPU); uint8 stores a byte each, which ONNX
+            Runtime turns into floats as it loads: 0.75 bits a weight less in blocks of 32, at the same speed. Only with
+            form operator and zero points.
         target: gptq only; 0 aims at each layer's output on the quantized prefix, 1 at the original model's.
     """
 
@@ -59,11 +65,14 @@ class QuantizeWeights(Pass):
     embedding_bits: Bits = 8
     form: Form = "operator"
     accuracy_level: Level = "auto"
+    scales: Scales = "float"
     target: float = 0.5
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        choices = choices_of(model, outcome, self._bits, lambda _: self.embedding_bits, self.block_size, self.symmetric)
+        choices = choices_of(
+            model, outcome, self._bits, lambda _: self.embedding_bits, self.block_size, self.symmetric, self.scales
+        )
         choices = usable(model, choices, self.form, outcome)
         if not choices:
             return outcome
@@ -80,6 +89,7 @@ class QuantizeWeights(Pass):
             form=self.form,
             target=self.target,
             level=self.accuracy_level,
+            scales=self.scales,
         )
         outcome.notes.insert(
             0,

@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.graph import MICROSOFT, Array, attribute
-from .coupling import Coupling, Place
+from .coupling import Coupling
+from .units import Place
 
 
 class _Heads:

@@ -10,8 +10,9 @@ import onnx_ir as ir
 from ...compiler.graph import MICROSOFT, attribute, constant, integers, opset
 from ..symbolic import ONE
 from .attention_rules import ATTENTION_RULES
-from .coupling import Coupling, Place
+from .coupling import Coupling
 from .moving_rules import MOVING_RULES
+from .units import Place
 
 Rule = Callable[[Coupling, ir.Node], None]
 

@@ -21,9 +21,10 @@ from ...compiler.graph import (
     remove_dead,
 )
 from ...compiler.kept_caches import KeptCaches
-from .coupling import Coupling, Reader, kept_indices
+from .coupling import Coupling, kept_indices
 from .moving_rules import gathered
 from .shape_operands import sliced, target_parts
+from .units import Reader
 
 _HEAD_COUNTS = ("num_heads", "kv_num_heads", "q_num_heads")
 Kept = dict[tuple[ir.Value, Reader | None], dict[int, Array]]

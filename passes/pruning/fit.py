@@ -15,10 +15,10 @@ from ..linear_layers import LinearLayer, bias_of, result_of
 from ..quantization.quantized_layers import store
 from ..symbolic import SymbolicShapes
 from .blocks import alike
-from .coupling import Consumer
 from .cut import drop_unused
 from .obs import Problem, least_squares, squared_error
 from .statistics import Moments, Walk, input_rows, masks_of, output_rows
+from .units import Consumer
 
 _SKIPS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

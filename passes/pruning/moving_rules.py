@@ -9,8 +9,9 @@ import onnx_ir as ir
 
 from ...compiler.graph import Array, attribute, constant, integers, is_op
 from ..symbolic import ONE, Dim, Dims, divide, multiply, squeezed_axes
-from .coupling import Coupling, Place
+from .coupling import Coupling
 from .shape_operands import is_constant, only_shapes, size_origin, sliced, target_parts
+from .units import Place
 
 
 def _transpose(c: Coupling, node: ir.Node) -> None:

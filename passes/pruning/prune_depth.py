@@ -14,8 +14,7 @@ from ...compiler.graph import Array, weight_bytes
 from ...runtime.errors import PassError
 from ...runtime.inference import expose, open_session, run_session, session_options
 from ..linear_layers import LinearLayer
-from ..low_bit.low_bit import effect_samples
-from ..low_bit.output_effect import OutputEffect
+from ..low_bit.output_effect import OutputEffect, effect_samples
 from ..low_bit.streams import PATIENT, token_rows
 from .blocks import Half, blocks_of, residual_stream, runs
 from .bypass import bypass, drop_caches

@@ -13,8 +13,7 @@ import onnx_ir as ir
 from ...compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ...compiler.graph import PASS_KEY, Array, Names, is_op
 from ...runtime.errors import PassError
-from ..low_bit.low_bit import effect_samples
-from ..low_bit.output_effect import OutputEffect
+from ..low_bit.output_effect import OutputEffect, effect_samples
 from ..quantization.quantization_plan import Filter
 from ..quantization.quantized_layers import mark
 from .sparse_bias import give_bias

@@ -14,13 +14,14 @@ import onnx_ir as ir
 from ...compiler.base import Claim, Gate, Outcome, Pass, PassContext
 from ...compiler.graph import Array, weight_bytes
 from ...runtime.errors import PassError
-from .coupling import Coupling, Dimension, Kind
+from .coupling import Coupling
 from .coupling_rules import coupling_of
 from .cut import cut
 from .fit import Refit, bias_place, mask, problem_of, refit
 from .module_times import relative_time
 from .obs import Problem, Ranking, activation_scores, magnitude_scores, rank_by, rank_by_obs
 from .statistics import Moments, moments_of, needs_samples
+from .units import Dimension, Kind
 
 Method = Literal["obs", "magnitude", "activation"]
 WIDTH_KEY = "onnxlathe.width"

@@ -9,9 +9,8 @@ import onnx_ir as ir
 
 from ...compiler.base import PassContext
 from ...compiler.graph import Array
-from ..low_bit.low_bit import effect_samples
 from ..low_bit.mixed_precision import solve
-from ..low_bit.output_effect import OutputEffect, Swap
+from ..low_bit.output_effect import OutputEffect, Swap, effect_samples
 from .sparse_layers import Prunable
 from .sparse_solvers import Goal, shares
 from .sparse_walk import Solve, original_moments, solve_groups

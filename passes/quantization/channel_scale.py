@@ -23,16 +23,8 @@ from ...compiler.graph import (
     scalar,
 )
 from ..linear_layers import FLOATS, LinearLayer, linear_layer
-from ..matching import next_node, operands
+from ..matching import NORMALIZATIONS, next_node, operands
 
-# Normalizations: operator, domain -> inputs that the result is proportional to (scale, and bias)
-_NORMALIZATIONS = {
-    ("LayerNormalization", ""): (1, 2),
-    ("RMSNormalization", ""): (1,),
-    ("SimplifiedLayerNormalization", ""): (1,),
-    ("SkipLayerNormalization", MICROSOFT): (2, 3),
-    ("SkipSimplifiedLayerNormalization", MICROSOFT): (2,),
-}
 # f(s x) = s f(x) for s > 0, channel by channel
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity")
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
@@ -64,7 +56,7 @@ def find_places(value: ir.Value, axis: int) -> list[Place]:
     node = value.producer()
     if node is None:
         raise CannotFold(f"{value.name} is an input of the graph")
-    normal = _NORMALIZATIONS.get((node.op_type, node.domain))
+    normal = NORMALIZATIONS.get((node.op_type, node.domain))
     if normal is not None and axis == -1:
         _check_normalization(node, value)
         return [_place(node, index) for index in normal if index < len(node.inputs) and node.inputs[index] is not None]

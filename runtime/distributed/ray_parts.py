@@ -2,82 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from ..divided.collectives import perform
-from ..divided.manifest import Manifest, load_part, read_manifest
+from ..divided.manifest import load_part
+from ..divided.opening import Divided, part_caches
 from ..divided.parted import of_rank
-from ..divided.ranks import divide_inputs, join_outputs, segments
-from ..errors import LatheError, ModelError, PlanError, RuntimeUnavailable
+from ..divided.ranks import divide_inputs, join_outputs
+from ..errors import LatheError, ModelError, RuntimeUnavailable
 from ..feeds import check_feeds
-from ..inference import open_session, run_session, session_options
-from .workers import connected_ray
+from ..generation.causal_lm import CausalLM
+from ..generation.generate import Runnable
+from ..generation.kv_cache import make_cache
+from ..memory import BufferPool
+from ..providers import Device
+from .part_actor import Grown, PartActor
+from .remote_cache import RemoteCache, RemoteRunnable
+from .workers import SEE_LOGS, cause, connected_ray
 
 Array = np.ndarray[Any, Any]
 _AHEAD = 2  # samples in flight for each stage
 
 
-class _StageActor:
-    """One stage: takes what is alive, gives what later stages and the caller need."""
+class Parts(Divided):
+    """A folder of ``save_stages`` or ``save_ranks``, a Ray actor for each file; they are spread over the machines.
 
-    def __init__(self, folder: str, number: int, device: Any, threads: int) -> None:
-        manifest = read_manifest(Path(folder))
-        part = manifest.parts[number]
-        load_part(Path(folder), manifest, number)
-        options = session_options(threads=threads, ort_config=manifest.ort_config)
-        self._session = open_session(Path(folder) / part.file, options, device)
-        self._inputs = [info.name for info in part.inputs]
-        later = {info.name for other in manifest.parts[number + 1 :] for info in other.inputs}
-        self._kept = later | {info.name for info in manifest.outputs}
+    Raises what ``Divided`` does.
 
-    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
-        made = run_session(self._session, {name: values[name] for name in self._inputs})
-        return {name: array for name, array in {**values, **made}.items() if name in self._kept}
+    Args:
+        folder: the files and their manifest, under the same path on every machine.
+        device: ``"cpu"`` or ``"cuda"``: a GPU for each.
+        threads: intra-op threads of each.
 
+    Attributes:
+        actors: in the order of the files.
+    """
 
-class _RankActor:
-    """One rank: runs segment after segment and keeps what it hands on to itself."""
-
-    def __init__(self, folder: str, number: int, device: Any, threads: int) -> None:
-        manifest = read_manifest(Path(folder))
-        pieces = segments(load_part(Path(folder), manifest, number))
-        options = [session_options(threads=threads, ort_config=manifest.ort_config) for _ in pieces]
-        self._sessions = [open_session(p.part.model, o, device) for p, o in zip(pieces, options, strict=True)]
-        self._collectives = [piece.collectives for piece in pieces]
-        self._values: dict[str, Array] = {}
-
-    def exchanges(self) -> list[Any]:
-        return self._collectives
-
-    def run(self, number: int, values: Mapping[str, Array], wanted: list[str]) -> dict[str, Array]:
-        """Runs a segment with what others sent; returns ``wanted``."""
-        self._values = {**(self._values if number else {}), **values}
-        session = self._sessions[number]
-        feeds = {item.name: self._values[item.name] for item in session.get_inputs()}
-        self._values.update(run_session(session, feeds))
-        return {name: self._values[name] for name in wanted}
-
-
-class _Parts:
-    """Actors for the files of a folder."""
-
-    def __init__(self, folder: str | os.PathLike[str], kind: str, actor: Any, device: str, threads: int) -> None:
+    def __init__(self, folder: str | os.PathLike[str], device: str = "cpu", threads: int = 1) -> None:
+        super().__init__(folder)
+        self.device = "cpu"  # tokens and logits are here
+        numbers = range(len(self.manifest.parts))
+        for number in numbers:
+            load_part(Path(folder), self.manifest, number)  # a clear error here rather than in an actor
         self._ray = connected_ray()
-        self.manifest: Manifest = read_manifest(Path(folder))
-        if self.manifest.kind != kind:
-            raise PlanError(f"{folder} holds {self.manifest.kind}, not {kind}.", f"Write it with save_{kind}.")
-        for number in range(len(self.manifest.parts)):
-            load_part(Path(folder), self.manifest, number)
-        self.inputs = [info.value() for info in self.manifest.inputs]
-        share = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 0}  # stages wait for each other most of the time
-        remote = self._ray.remote(actor).options(**share)
-        path = str(Path(folder).resolve())
-        self.actors = [remote.remote(path, n, device, threads) for n in range(len(self.manifest.parts))]
+        share = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 0}  # parts wait for each other most of the time
+        remote, path = self._ray.remote(PartActor), str(Path(folder).resolve())
+        places = self._places(len(numbers), device)
+        options = [{"scheduling_strategy": place, **share} for place in places]
+        self.actors = [remote.options(**options[n]).remote(path, n, device, threads) for n in numbers]
+        model = self.manifest.language_model()
+        self.counts: Sequence[int] = [
+            0 if model is None else len(part_caches(self.manifest, model, number)) for number in numbers
+        ]
+        self._numbers = itertools.count()
+        self._caches = self._new_cache
 
     def close(self) -> None:
         """Ends the actors."""
@@ -90,93 +75,145 @@ class _Parts:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def nodes(self) -> list[str]:
+        """Ray's ids of the machines that the actors are on."""
+        return self.each("node", [()] * len(self.actors))
+
+    def number(self) -> int:
+        """A number for a run or a cache."""
+        return next(self._numbers)
+
+    def each(self, method: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        """Calls a method of every actor, with arguments of its own, and waits.
+
+        Raises:
+            ModelError: ONNX Runtime failed in one.
+            RuntimeUnavailable: one is gone.
+        """
+        calls = zip(self.actors, arguments, strict=True)
+        return self._get([getattr(actor, method).remote(*own) for actor, own in calls])
+
+    def forget(self, number: int) -> None:
+        """Lets all drop a cache, and does not wait."""
+        if self._ray.is_initialized():
+            for actor in self.actors:
+                actor.drop.remote(number)
+
+    def _places(self, count: int, device: str) -> list[Any]:
+        """A machine for each part if there is room: equal shares of the parts, neighbours together."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        alive = [node for node in self._ray.nodes() if node["Alive"]]
+        fit = [node for node in alive if device != "cuda" or node["Resources"].get("GPU")] or alive
+        numbers = (number * len(fit) // count for number in range(count))
+        return [NodeAffinitySchedulingStrategy(fit[number]["NodeID"], soft=False) for number in numbers]
+
+    def _new_cache(
+        self, model: CausalLM, batch: int, capacity: int, width: int, device: Device, pool: BufferPool | None
+    ) -> RemoteCache:
+        number = self.number()
+        self.each("open_cache", [(number, batch, capacity, width)] * len(self.actors))
+        return RemoteCache(self, number, make_cache(model, batch, capacity, width, device, pool))
+
+    def _generator(self) -> tuple[Runnable, CausalLM]:
+        return RemoteRunnable(self._step), dataclasses.replace(self._language_model(), cache=(), logits_size=None)
+
+    def _step(self, inputs: Mapping[str, Array], cache: int, grown: Grown) -> Array:
+        """Logits of one run with a cache."""
+        raise NotImplementedError
+
     def _get(self, refs: Any) -> Any:
         try:
             return self._ray.get(refs)
         except LatheError as error:
             raise ModelError(error.what, error.remedy) from error
-        except self._ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
+        except self._ray.exceptions.RayActorError as error:
+            reason = cause(error)
             raise RuntimeUnavailable(f"An actor of the divided model is gone: {reason}", "Start it again.") from error
+        except self._ray.exceptions.RayError as error:
+            raise RuntimeUnavailable(f"An actor of the divided model failed: {cause(error)}", SEE_LOGS) from error
 
 
-class Pipeline(_Parts):
-    """A folder of ``save_stages``, a Ray actor for each stage.
+class Pipeline(Parts):
+    """A folder of ``save_stages``, a Ray actor for each stage; ``StagedSession`` is the same in one process.
 
-    Values go from actor to actor through Ray's object store, not through the caller. ``StagedSession`` is the same in
-    one process, and generates.
-
-    Args:
-        folder: stages and manifest, under the same path on every machine.
-        device: ``"cpu"`` or ``"cuda"``: a GPU for each stage.
-        threads: intra-op threads of each stage.
-
-    Raises:
-        ModelError: no such folder, or a damaged one.
-        PlanError: files of different builds, or no stages.
-        RuntimeUnavailable: Ray is not installed.
+    Values go from actor to actor through Ray's object store, not through the caller. For the arguments see ``Parts``.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], device: str = "cpu", threads: int = 1) -> None:
-        super().__init__(folder, "stages", _StageActor, device, threads)
+    kind: ClassVar[Literal["stages", "ranks"]] = "stages"
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Runs one sample."""
         return self.run_many([inputs])[0]
 
     def run_many(self, samples: Iterable[Mapping[str, Array]]) -> list[dict[str, Array]]:
-        """Runs samples, each stage on another one at a time; results are in the order of the samples."""
+        """Runs samples, each stage on another one at a time; results are in the order of the samples.
+
+        Raises:
+            ModelError: wrong names, dtypes or shapes, or a failure inside ONNX Runtime.
+            RuntimeUnavailable: an actor is gone.
+        """
         results: list[dict[str, Array]] = []
         flying: list[Any] = []
         for sample in samples:
             check_feeds(self.inputs, sample, "a sample of run_many()")
             if len(flying) >= _AHEAD * len(self.actors):
                 results.append(self._get(flying.pop(0)))
-            ref: Any = self._ray.put(dict(sample))
-            for actor in self.actors:
-                ref = actor.run.remote(ref)
-            flying.append(ref)
+            flying.append(self._send(self.number(), sample, self.outputs))
         return [*results, *(self._get(ref) for ref in flying)]
 
+    def _step(self, inputs: Mapping[str, Array], cache: int, grown: Grown) -> Array:
+        return self._get(self._send(cache, inputs, ["logits"], grown))["logits"]
 
-class TensorParallel(_Parts):
-    """A folder of ``save_ranks``, a Ray actor for each rank; the caller adds up and puts together.
+    def _send(self, number: int, values: Mapping[str, Array], wanted: Sequence[str], grown: Grown = (0, 0, 0)) -> Any:
+        ref: Any = self._ray.put(dict(values))
+        for actor in self.actors:
+            ref = actor.run.remote(number, 0, ref, wanted, grown)
+        return ref
 
-    ``RankedSession`` is the same in one process, and generates.
 
-    Args:
-        folder: ranks and manifest, under the same path on every machine.
-        device: ``"cpu"`` or ``"cuda"``: a GPU for each rank.
-        threads: intra-op threads of each rank.
+class TensorParallel(Parts):
+    """A folder of ``save_ranks``, a Ray actor for each rank; ``RankedSession`` is the same in one process.
 
-    Raises:
-        ModelError: no such folder, or a damaged one.
-        PlanError: files of different builds, or no ranks.
-        RuntimeUnavailable: Ray is not installed.
+    The caller adds up and puts together. For the arguments see ``Parts``.
     """
 
+    kind: ClassVar[Literal["stages", "ranks"]] = "ranks"
+
     def __init__(self, folder: str | os.PathLike[str], device: str = "cpu", threads: int = 1) -> None:
-        super().__init__(folder, "ranks", _RankActor, device, threads)
+        super().__init__(folder, device, threads)
         self._exchanges = self._get(self.actors[0].exchanges.remote())
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs one sample."""
+        """Runs one sample.
+
+        Raises:
+            ModelError: wrong names, dtypes or shapes, or a failure inside ONNX Runtime.
+            RuntimeUnavailable: an actor is gone.
+        """
         check_feeds(self.inputs, inputs, "the inputs of run()")
-        divided = divide_inputs(self.manifest, inputs)
-        own = self.manifest.divided
+        divided, own = divide_inputs(self.manifest, inputs), self.manifest.divided
         each = [
             {name: divided[of_rank(rank, name)] if name in own else divided[name] for name in inputs}
             for rank in range(len(self.actors))
         ]
-        shared: dict[str, Array] = {}
-        outputs = [info.name for info in self.manifest.outputs]
-        parts: list[dict[str, Array]] = []
-        for number, collectives in enumerate(self._exchanges):
-            last = number == len(self._exchanges) - 1
-            wanted = outputs if last else [collective.value for collective in collectives]
-            given = each if number == 0 else [shared] * len(self.actors)
-            runs = [actor.run.remote(number, given[rank], wanted) for rank, actor in enumerate(self.actors)]
-            parts = self._get(runs)
-            shared = {c.result: perform(c, [part[c.value] for part in parts]) for c in collectives}
+        parts = self._run(self.number(), each, self.outputs)
         found = {of_rank(rank, name): part[name] for rank, part in enumerate(parts) for name in own if name in part}
         return join_outputs(self.manifest, {**parts[0], **found})
+
+    def _step(self, inputs: Mapping[str, Array], cache: int, grown: Grown) -> Array:
+        return self._run(cache, [inputs] * len(self.actors), ["logits"], grown)[0]["logits"]
+
+    def _run(
+        self, number: int, each: Sequence[Mapping[str, Array]], outputs: Sequence[str], grown: Grown = (0, 0, 0)
+    ) -> list[dict[str, Array]]:
+        """What each rank makes of ``outputs``, given the inputs of each."""
+        given: Sequence[Any] = each
+        parts: list[dict[str, Array]] = []
+        for step, collectives in enumerate(self._exchanges):
+            last = step == len(self._exchanges) - 1
+            wanted = outputs if last else [collective.value for collective in collectives]
+            parts = self.each("run", [(number, step, values, wanted, grown) for values in given])
+            shared = {c.result: perform(c, [part[c.value] for part in parts]) for c in collectives}
+            given = [self._ray.put(shared)] * len(self.actors)
+        return parts

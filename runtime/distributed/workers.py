@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +18,9 @@ Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
 Engine = Literal["auto", "ray", "threads"]
 _GET_RAY = 'Install it with: pip install "onnxlathe[distributed]", or use engine="threads".'
+
+
+SEE_LOGS = "See Ray's logs."
 
 
 class WorkerDied(Exception):
@@ -91,6 +94,12 @@ class ThreadWorkers:
     def submit(self, worker: int, feeds: Feeds) -> Future[dict[str, Array]]:
         return self._pools[worker].submit(self._session.run, feeds)
 
+    def run_all(self, shards: Sequence[Feeds]) -> list[dict[str, Array]]:
+        """Runs shards at once, at most one for each worker; the last in the caller's thread, which would only wait."""
+        others = [self.submit(worker, shard) for worker, shard in enumerate(shards[:-1])]
+        last = self._session.run(shards[-1])
+        return [*(future.result() for future in others), last]
+
     def restart(self, worker: int) -> None:
         pass  # a thread does not die alone
 
@@ -136,7 +145,7 @@ class RayWorkers:
         except self._ray.exceptions.RayError as error:
             self.close()
             raise RuntimeUnavailable(
-                f"A worker did not start: {_cause(error)}", "Every machine needs the file."
+                f"A worker did not start: {cause(error)}", "Every machine needs the file."
             ) from error
 
     def submit(self, worker: int, feeds: Feeds) -> Future[dict[str, Array]]:
@@ -161,9 +170,10 @@ class RayWorkers:
         elif isinstance(error, LatheError):
             wanted.set_exception(ModelError(error.what, error.remedy))
         else:
-            wanted.set_exception(RuntimeUnavailable(f"A worker failed: {_cause(error)}", "See Ray's logs."))
+            wanted.set_exception(RuntimeUnavailable(f"A worker failed: {cause(error)}", SEE_LOGS))
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
+    """The last line of what Ray says."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

@@ -127,6 +127,13 @@ class PartedBinding:
         for number, rank, own in self._places(name, self._inputs):
             self._bindings[number][rank].bind_cpu_input(own, array)
 
+    def give(self, name: str, array: Array) -> None:
+        """Binds an input of the whole, or hands over what a step receives from somewhere else, to rank 0."""
+        if any(name in step.received for step in self._parted.steps):
+            self.values[0][name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        else:
+            self.bind_cpu_input(name, array)
+
     def bind_output(self, name: str, *where: Any) -> None:
         """Binds memory for an output of the whole; of equal outputs of all ranks, rank 0's."""
         self._wanted.setdefault(name, None)

@@ -9,21 +9,18 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from ..errors import ModelError, PlanError
+from ..errors import ModelError
 from ..feeds import check_feeds
 from ..generation.causal_lm import CausalLM
 from ..generation.generate import Runnable
-from ..generation.generates import Generates
-from ..inference import open_session, session_options
-from ..memory import BufferPool
 from ..providers import resolve_device
 from ..rows import batch_inputs, count_rows, even_sizes, join_rows, split_rows
-from .manifest import load_part, read_manifest
-from .parted import PartedBinding, PartedSession, Step
+from .opening import Divided, open_part
+from .parted import PartedBinding, PartedSession
 
 Array = np.ndarray[Any, Any]
 _WAITING = 2  # micro-batches that may wait in front of a stage
@@ -60,38 +57,27 @@ class PipelineReport:
         return sum(self.busy) / len(self.busy) / max(self.busy) if max(self.busy, default=0.0) else 1.0
 
 
-class StagedSession(Generates):
+class StagedSession(Divided):
     """A folder of ``save_stages``, run in this process.
 
     ``run`` and ``generate`` go through the stages one after the other. ``run_many`` and ``run_batch`` keep all stages
-    busy with a thread each; ``report`` then says how well. Each stage keeps its own key/value cache.
+    busy with a thread each; ``report`` then says how well. Each stage keeps its own key/value cache. Raises what
+    ``Divided`` does.
 
     Args:
         folder: stages and manifest.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         threads: intra-op threads of each stage, 0 for ONNX Runtime's default.
-
-    Raises:
-        ModelError: no such folder, or a damaged one.
-        PlanError: files of different builds.
-        RuntimeUnavailable: the device is not there.
     """
 
+    kind: ClassVar[Literal["stages", "ranks"]] = "stages"
+
     def __init__(self, folder: str | os.PathLike[str], device: str = "cpu", threads: int = 0) -> None:
+        super().__init__(folder)
         self.device = resolve_device(device)
-        self._buffers = BufferPool()
-        self.manifest = read_manifest(Path(folder))
-        if self.manifest.kind != "stages":
-            raise PlanError(f"{folder} holds {self.manifest.kind}, not stages.", "Write it with save_stages.")
-        self.inputs = [info.value() for info in self.manifest.inputs]
-        self.outputs = [info.name for info in self.manifest.outputs]
         self.report: PipelineReport | None = None
-        steps: list[Step] = []
-        for number, part in enumerate(self.manifest.parts):
-            load_part(Path(folder), self.manifest, number)  # the file, checked
-            options = session_options(threads=threads, ort_config=self.manifest.ort_config)
-            session = open_session(Path(folder) / part.file, options, self.device)
-            steps.append(Step((session,), part.received, tuple(info.name for info in part.outputs)))
+        numbers = range(len(self.manifest.parts))
+        steps = [step for n in numbers for step in open_part(Path(folder), self.manifest, n, self.device, threads)]
         self._parted = PartedSession(steps, self.outputs, self.device)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -132,10 +118,7 @@ class StagedSession(Generates):
         return results
 
     def _generator(self) -> tuple[Runnable, CausalLM]:
-        model = self.manifest.language_model()
-        if model is None:
-            raise ModelError("These stages cannot generate.", "Divide a language model that has a key/value cache.")
-        return self._parted, model
+        return self._parted, self._language_model()
 
 
 class _Run:

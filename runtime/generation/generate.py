@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import LatheError, ModelError
 from ..memory import BufferPool
 from ..providers import Device
 from .causal_lm import CausalLM
@@ -19,6 +19,8 @@ from .sampling import Sampling
 
 Array = np.ndarray[Any, Any]
 OnToken = Callable[[int, int], object]
+CacheMaker = Callable[[CausalLM, int, int, int, Device, BufferPool | None], Cache]
+"""What ``make_cache`` is."""
 _ROOM = 256  # tokens that a cache without a fixed length begins with, beyond the prompt
 
 
@@ -48,6 +50,7 @@ class Request:
         on_token: called with (row, token) for each token.
         prefixes: texts seen before.
         pool: where the cache's memory comes from.
+        caches: how caches are made.
     """
 
     max_new_tokens: int
@@ -59,6 +62,7 @@ class Request:
     on_token: OnToken | None
     prefixes: PrefixCache | None
     pool: BufferPool | None
+    caches: CacheMaker
 
 
 def generate(
@@ -76,6 +80,7 @@ def generate(
     prefill_chunk: int,
     prefixes: PrefixCache | None = None,
     pool: BufferPool | None = None,
+    caches: CacheMaker | None = None,
 ) -> Array | list[Array]:
     """``Session.generate``, for a raw session whose graph is ``model``."""
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
@@ -91,7 +96,7 @@ def generate(
     ends = model.eos if eos is None else (eos,) if isinstance(eos, int) else eos
     request = Request(
         max_new_tokens, limit, max_length is not None, prefill_chunk, sampling, frozenset(map(int, ends)), on_token,
-        prefixes, pool,
+        prefixes, pool, caches or make_cache,
     )  # fmt: skip
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(arrays)
     if len(seeds) != len(arrays):
@@ -121,7 +126,7 @@ class _Generation:
         # Slots that can be needed at most; with padding on the left, every row has those of the longest.
         self._most = int((prompts + steps).max() if model.in_place else prompts.max() + steps.max())
         capacity = self._most if request.fixed else min(self._most, int(prompts.max()) + _ROOM)
-        self._cache = make_cache(model, len(rows), capacity, int(prompts.max()), device, request.pool)
+        self._cache = request.caches(model, len(rows), capacity, int(prompts.max()), device, request.pool)
         self._lengths = np.zeros(len(rows), np.int64)  # tokens of each row in the cache
 
     def run(self) -> None:
@@ -205,7 +210,7 @@ class _Stepper:
         self._device: Device = device
         self._cache = cache
         self._binding = session.io_binding()
-        self._dtypes = {name: (dtype.numpy(), int(dtype)) for name, dtype in model.tokens.items()}
+        self._dtypes = {name: dtype.numpy() for name, dtype in model.tokens.items()}
         self._logits: Array = np.empty(0, model.logits.numpy())
 
     def step(self, tokens: Array, mask: Array, positions: Array) -> Array:
@@ -216,15 +221,15 @@ class _Stepper:
         """
         new = tokens.shape[1]
         arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        held: list[Array] = []
-        for name, (dtype, code) in self._dtypes.items():
-            array = np.ascontiguousarray(arrays[name], dtype)
-            held.append(array)
-            self._binding.bind_input(name, "cpu", 0, code, array.shape, array.ctypes.data)
+        held = {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in self._dtypes.items()}
+        for name, array in held.items():  # ORT reads them where they are
+            self._binding.bind_cpu_input(name, array)
         logits = self._bind_logits(*tokens.shape)
         self._cache.bind(self._binding, new)
         try:
             self._session.run_with_iobinding(self._binding)
+        except LatheError:
+            raise
         except Exception as error:  # ORT's exception classes are not public
             raise ModelError(
                 f"ONNX Runtime failed at {new} tokens after {mask.shape[1] - new}: {str(error).splitlines()[0]}",

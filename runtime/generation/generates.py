@@ -8,7 +8,7 @@ from typing import Any
 from ..memory import BufferPool
 from ..providers import Device
 from .causal_lm import CausalLM
-from .generate import OnToken, Runnable, generate
+from .generate import CacheMaker, OnToken, Runnable, generate
 from .prefix_cache import PrefixCache
 from .prompts import TokenIds
 from .sampling import Sampling
@@ -25,6 +25,7 @@ class Generates:
     device: Device
     prefixes: PrefixCache | None = None
     _buffers: BufferPool
+    _caches: CacheMaker | None = None  # None: in memory of this process
 
     def _generator(self) -> tuple[Runnable, CausalLM]:
         """What runs, and how.
@@ -94,4 +95,5 @@ class Generates:
             prefill_chunk=prefill_chunk,
             prefixes=self.prefixes,
             pool=self._buffers,
+            caches=self._caches,
         )
