@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from decoder_models import export
 from harness import prepare, write_result
 from peers import python_of
 from rich.console import Console
@@ -39,19 +40,6 @@ TOOLS = {
     "onnxscript optimizer": "tools",
     "onnxscript ort_fusions": "tools",
 }
-
-
-def decoder() -> Path:
-    """The 30-layer decoder, exported once and kept."""
-    path = CACHE / "llama-135m.onnx"
-    if not path.exists():
-        import onnxlathe as lathe
-        from onnxlathe.models import zoo
-        from onnxlathe.runtime.artifact import save
-
-        CACHE.mkdir(parents=True, exist_ok=True)
-        save(lathe.export_causal_lm(zoo.build("llama-135m").module), path, external_data=True)
-    return path
 
 
 def synthetic_file(nodes: int) -> Path:
@@ -130,7 +118,7 @@ def samples(count: int, folder: Path) -> Path | None:
 def one(passes: str, count: int, timeout: float) -> dict[str, Any]:
     """onnxlathe's cost on the decoder with ``passes``, calibrated on ``count`` samples."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as given:
-        source = decoder()
+        source = export("llama_135m", 20, "sdpa")
         done = prepare(
             f"onnxlathe {passes}", source, Path(folder) / "out.onnx", "ours", timeout, samples(count, Path(given))
         )
@@ -165,7 +153,7 @@ def main() -> None:
         return
     results: dict[str, dict[str, dict[str, Any]]] = {}
     if options.only != "synthetic":
-        results["decoder"] = measure("decoder", decoder(), options.timeout)
+        results["decoder"] = measure("decoder", export("llama_135m", 20, "sdpa"), options.timeout)
     if options.only != "decoder":
         for size in SIZES:
             results[f"synthetic {size}"] = measure(f"synthetic {size}", synthetic_file(size), options.timeout)

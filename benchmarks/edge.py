@@ -33,7 +33,7 @@ from web import browser_page, problem, served
 import onnxlathe as lathe
 from onnxlathe.compiler.bundle import bundle_folder
 from onnxlathe.models.stories import BOS, stories_tokenizer
-from onnxlathe.runtime.artifact import save
+from onnxlathe.runtime.artifact import load, save
 
 ENCODERS = {"minilm-fp32": "cpu-fp32", "minilm-int8": "cpu-int8", "minilm-int4": "cpu-int4", "minilm-edge": "edge"}
 DECODERS: dict[str, list[Any] | str] = {
@@ -42,23 +42,26 @@ DECODERS: dict[str, list[Any] | str] = {
     "stories260k-int4": "cpu-int4",
 }
 ORIGINAL = "minilm-original"
+# Session options that might lower the peak, for the int8 artifact.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "without arena": {"enable_cpu_mem_arena": False},
+    "without arena and pattern": {"enable_cpu_mem_arena": False, "enable_mem_pattern": False},
+    "without repacking": {"session.disable_prepacking": "1"},
+}
 _LOAD = """
 import json, sys, time
 from pathlib import Path
 import numpy as np, onnxruntime as ort
-folder, name = Path(sys.argv[1]), sys.argv[2]
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-feeds = dict(np.load(folder / "sample.npz"))
-sys.path.insert(0, str(folder / (name + ".bundle")))
+feeds, options = dict(np.load(sys.argv[2])), ort.SessionOptions()
+options.intra_op_num_threads = 2
+for key, value in json.loads(sys.argv[3]).items():
+    options.add_session_config_entry(key, value) if "." in key else setattr(options, key, value)
 before = resident("VmRSS")
 start = time.perf_counter()
-if name.endswith("original"):
-    session = ort.InferenceSession(folder / (name + ".onnx"), providers=["CPUExecutionProvider"])
-else:
-    from run import open_session
-    session = open_session()
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 loaded = time.perf_counter() - start
 session.run(None, feeds)
 print(json.dumps({"load": loaded, "peak": resident("VmHWM") - before}))
@@ -82,8 +85,7 @@ def main() -> None:
             results["load"] = _loads(folder, python)
             results["cosine"] = _fidelity(folder)
         _print(results)
-        if arguments.only is None:
-            print(write_result("edge", 0, results, set()))
+        print(write_result(f"edge_{arguments.only}" if arguments.only else "edge", 0, results, set()))
 
 
 def _environment(folder: Path) -> Path:
@@ -100,14 +102,14 @@ def _environment(folder: Path) -> Path:
 def _write_bundles(folder: Path) -> None:
     from onnxlathe.models import zoo
 
-    entry = zoo.build("minilm")
-    model = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False)
-    save(model, folder / f"{ORIGINAL}.onnx")
+    original = folder / f"{ORIGINAL}.onnx"
+    if not original.exists():
+        entry = zoo.build("minilm")
+        save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False), original)
     calibration = batches(sentences()[:64], 8)
     np.savez(folder / "sample.npz", **calibration[0])
     for name, passes in ENCODERS.items():
-        if not bundle_folder(folder / f"{name}.onnx").exists():
-            _save(model, passes, calibration, folder / f"{name}.onnx")
+        _save(load(original), passes, calibration, folder / f"{name}.onnx")
     stories = lathe.export_causal_lm(zoo.build("stories260k").module, check=False)
     ids = np.array([[BOS, *stories_tokenizer().encode("Once upon a time, there was a").ids]], np.int64)
     sample = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
@@ -118,6 +120,8 @@ def _write_bundles(folder: Path) -> None:
 
 
 def _save(model: Any, passes: Any, calibration: list[Any], path: Path) -> None:
+    if bundle_folder(path).exists():
+        return
     out = lathe.compile(
         model, passes, calibration=calibration, target="web", speed_gate=False, threads=2, progress=False
     )
@@ -152,11 +156,14 @@ def _web(folder: Path) -> dict[str, Any]:
 
 def _loads(folder: Path, python: Path) -> dict[str, Any]:
     """Medians of five fresh processes each, in turns; ratios against the original."""
-    sides = [ORIGINAL, *(name for name in ENCODERS if (folder / f"{name}.bundle").is_dir())]
+    files = {name: _model_file(folder, name) for name in (ORIGINAL, *ENCODERS)}
+    sides = {name: (file, {}) for name, file in files.items() if file.exists()}
+    sides |= {f"minilm-int8, {name}": (files["minilm-int8"], options) for name, options in OPTIONS.items()}
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(5):
-        for name in sides:
-            done = subprocess.run([python, "-c", _LOAD, folder, name], capture_output=True, text=True, check=True)
+        for name, (file, options) in sides.items():
+            command = [python, "-c", _LOAD, file, folder / "sample.npz", json.dumps(options)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             measured[name].append(json.loads(done.stdout))
     middle = {
         name: {key: statistics.median(item[key] for item in items) for key in ("load", "peak")}
@@ -166,7 +173,7 @@ def _loads(folder: Path, python: Path) -> dict[str, Any]:
         name: {
             "load": middle[ORIGINAL]["load"] / values["load"],
             "peak": values["peak"] / middle[ORIGINAL]["peak"],
-            "bytes": _model_file(folder, name).stat().st_size / _model_file(folder, ORIGINAL).stat().st_size,
+            "bytes": sides[name][0].stat().st_size / files[ORIGINAL].stat().st_size,
         }
         for name, values in middle.items()
     }
@@ -203,7 +210,7 @@ def _print(results: dict[str, Any]) -> None:
     columns = ("self-test", "in wasm: error (allowed)", "same tokens", "loads faster", "peak memory", "bytes", "cosine")
     for column in ("bundle", *columns):
         table.add_column(column)
-    for name in (ORIGINAL, *ENCODERS, *DECODERS):
+    for name in dict.fromkeys((ORIGINAL, *ENCODERS, *DECODERS, *results.get("load", {}))):
         web, load = results.get("web", {}).get(name, {}), results.get("load", {}).get(name, {})
         test = results.get("selftests", {}).get(name, {})
         table.add_row(

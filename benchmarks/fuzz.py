@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py --graphs 10000 --seed 0
 
-Graph number i of a seed is always the same. Every fiftieth graph the counts are written to ``results/fuzz.json``; a second
-run goes on from there. A wrong result is reduced and saved as ``NUMBER-PASS.onnx`` with ``.npz`` feeds in
+Graph number i of a seed is always the same. Every fiftieth graph the counts are written to ``results/fuzz.json``; a
+second run goes on from there. A wrong result is reduced and saved as ``NUMBER-PASS.onnx`` with ``.npz`` feeds in
 ``--failures``; ``--recheck`` tries the recorded ones again, after a fix.
 """
 

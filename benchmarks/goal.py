@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from encoder_int8 import SHAPES, batches, fidelity, random_tokens, save_all
 from harness import Side, compare, run_once, write_result
-from pruning_structured import texts
+from pruning_data import texts
 from rich.console import Console
 
 import onnxlathe as lathe
 from onnxlathe.models.zoo import build
-from onnxlathe.runtime.artifact import save, write_atomically
+from onnxlathe.runtime.artifact import save
+from onnxlathe.runtime.files import write_atomically
 
 SENTENCES = 512
 

@@ -2,13 +2,14 @@
 
     python benchmarks/survey.py prepare --folder F [--only mlp encoder decoder llama]   # half an hour
     python benchmarks/survey.py time --folder F [--only ...]                            # a minute a model, machine idle
+    python benchmarks/survey.py bounds --folder F                                       # half a minute, likewise
     python benchmarks/survey.py report --folder F                                       # table, JSON, docs/survey.svg
 
 The survey claims 2.0 x for 20 % of the weights pruned, 1.5 x for 8 bits, 3.0 x for data parallelism, 1.2 x for memory,
 and multiplies them (10.8 x). Here: LeNet-300-100 on 1000 digits in batches of 1, 100 and 1000, MiniLM, stories260k, and
 a 135M Llama with random weights (speed only). Every factor is against ONNX Runtime with all its optimizations on the
 fp32 export, one session with one thread; each side alone in its process, in turns. Quality is on data that neither
-training nor calibration saw. Next to each: what the survey claims, and the most that physics allows (``bounds``).
+training nor calibration saw. Next to each: what the survey claims, and what arithmetic allows (``allowed``).
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distillation import TRAINED, digits
+from distillation import digits
 from harness import Side, compare, write_result
 from rich.console import Console
 from rich.table import Table
-from survey_models import SUBJECTS, accuracy, logits, model_path, prepare
+from survey_models import SUBJECTS, TRAINED, accuracy, logits, model_path, prepare
 from survey_naive import CLAIMS, composed_claim, controls
 
 from onnxlathe.passes.partition.costs import this_machine
-from onnxlathe.runtime.artifact import load, write_atomically
+from onnxlathe.runtime.artifact import load
+from onnxlathe.runtime.files import write_atomically
 from onnxlathe.runtime.inference import open_session, session_options
 from onnxlathe.runtime.session import Session
 
@@ -91,68 +94,77 @@ def sides(folder: Path, name: str, known: Known) -> list[Side]:
 def measure(folder: Path, name: str, rounds: int, seconds: float) -> None:
     """Times one model's sides and keeps the figures in the folder."""
     known = json.loads((folder / name / "known.json").read_text())
-    workloads = {label: folder / name / f"workload-{n}.npz" for n, label in enumerate(known[""]["workloads"])}
     began = time.monotonic()
     results = compare(
-        sides(folder, name, known), workloads, threads=1, rounds=rounds, seconds=seconds, reference={}, warm=2
-    )
-    limits = {label: physics(folder, name, known, np.load(path)) for label, path in workloads.items()}
-    figures = {"speed": results, "bounds": limits, "seconds": time.monotonic() - began}
+        sides(folder, name, known), workloads(folder, name, known), threads=1, rounds=rounds, seconds=seconds,
+        reference={}, warm=2,
+    )  # fmt: skip
+    figures = {"speed": results, "seconds": time.monotonic() - began}
     write_atomically(folder / name / "timed.json", json.dumps(figures, indent=1).encode())
     print(f"{name}: {figures['seconds']:.0f} s")
 
 
-def physics(folder: Path, name: str, known: Known, sample: Any) -> dict[str, float]:
-    """The most that each row can reach on one workload.
+def workloads(folder: Path, name: str, known: Known) -> dict[str, Path]:
+    """What is timed, by label."""
+    return {label: folder / name / f"workload-{number}.npz" for number, label in enumerate(known[""]["workloads"])}
 
-    Products are a share p of the time (measured); whatever makes them k times faster reaches 1 / (1 - p + p / k).
-    Zeros: 1, as ONNX Runtime multiplies with them. Width: k is how many fewer weights there are. int8: k is 4, four
-    times as many products in an instruction and a quarter of the bytes. Workers: the cores. Memory: the time of a call
-    of a model that does nothing, and of writing the results once, are all that can be saved. Composed: the product of
-    these bounds.
+
+def bounds(folder: Path, name: str) -> None:
+    """Measures what ``allowed`` needs, and keeps it in the folder."""
+    known = json.loads((folder / name / "known.json").read_text())
+    shares = {
+        label: _text_share(folder, name, np.load(path)) if known[""]["text"] else _shares(folder, name, np.load(path))
+        for label, path in workloads(folder, name, known).items()
+    }
+    write_atomically(folder / name / "shares.json", json.dumps(shares, indent=1).encode())
+    print(name, shares)
+
+
+def allowed(known: Known, fused: float, shares: dict[str, float]) -> dict[str, float]:
+    """What arithmetic allows each row on one workload, times as fast as the original.
+
+    Everything but the plain workers begins at the fused graph, ``fused`` times as fast. In it, products are a share p
+    of a call: what makes them k times faster reaches 1 / (1 - p + p / k).
+
+    * Zeros: no more, as ONNX Runtime multiplies with them.
+    * Width: all work shrinks at most as much as the weights, or as the kind of units of which most went.
+    * int8: k = 4, four times as many products in an instruction and a quarter of the bytes.
+    * Workers: the cores. Memory: all but the call of a model that does nothing, and writing the results once, is left.
+    * Composed: all of that multiplied.
     """
-    if known[""]["text"]:
-        products, memory = _text_shares(folder, name, known, sample), math.inf
-    else:
-        products, memory = _shares(model_path(folder, name, "original"), sample)
-    found = {"zeros 20 %": 1.0, "2 workers": float(CORES), "3 workers": float(CORES), "memory": memory}
-    weights = known["fused"]["weights"]
+    cores, memory = float(CORES), shares.get("memory", 1.0)
+    found = {"zeros 20 %": fused, "2 workers": cores, "3 workers": cores, "memory": memory}
+    widths: dict[str, float] = {}
     for row in ("width 20 %", "width for 2 x"):
-        if known.get(row, {}).get("weights"):
-            found[row] = _amdahl(products, weights / known[row]["weights"])
-    for row in ("int8", "8-bit weights"):
-        if row in known:
-            found[row] = _amdahl(products, VNNI)
-    once = memory if math.isfinite(memory) else 1.0
-    for row, width, bits in (
-        ("composed, 20 %", "width 20 %", "int8"),
-        ("composed, for 2 x", "width for 2 x", "int8"),
-        ("composed, 8-bit weights", "width 20 %", "8-bit weights"),
-    ):
-        if known.get(width, {}).get("weights") and bits in known:
-            found[row] = _amdahl(products, VNNI * weights / known[width]["weights"]) * CORES * once
+        if (cut := known.get(row, {})).get("weights"):
+            notes = " ".join(cut["notes"] + known.get(row.replace("width", "pruned"), {}).get("notes", []))
+            kinds = [int(whole) / int(left) for left, whole in re.findall(r"(\d+) of (\d+) left", notes)]
+            widths[row] = max(known["fused"]["weights"] / cut["weights"], *kinds)
+            found[row] = fused * widths[row]
+    eight = 1 / (1 - shares["products"] + shares["products"] / VNNI)
+    found |= {"int8": fused * eight, "8-bit weights": fused * eight}
+    for row, width in (("composed, 20 %", "width 20 %"), ("composed, for 2 x", "width for 2 x")):
+        if width in widths:
+            found[row] = fused * eight * widths[width] * cores * memory
+    found["composed, 8-bit weights"] = found.get("composed, 20 %", fused * eight * cores)
     return found
 
 
-def _amdahl(share: float, factor: float) -> float:
-    return 1 / (1 - share + share / factor)
-
-
-def _shares(path: Path, sample: Any) -> tuple[float, float]:
-    """Share of products in a run, and the bound of memory."""
+def _shares(folder: Path, name: str, sample: Any) -> dict[str, float]:
+    """Share of products in a call, and what memory allows."""
     size = int(sample["batch"])
-    feeds = {name: sample[name][:size] for name in sample.files if name != "batch"}
-    outputs = Session(path, threads=1).run(feeds)
-    run = _seconds(Session(path, threads=1), feeds)
+    feeds = {key: sample[key][:size] for key in sample.files if key != "batch"}
+    session = Session(model_path(folder, name, "original"), threads=1)
+    run = min(_time(lambda: session.ort.run(None, feeds)) for _ in range(20))
     nothing = open_session(_nothing(), session_options(threads=1))
     empty = {"x": np.zeros(1, np.float32)}
     call = min(_time(lambda: nothing.run(None, empty)) for _ in range(200))
-    written = sum(array.nbytes for array in outputs.values()) / this_machine().bandwidth
+    written = sum(array.nbytes for array in session.run(feeds).values()) / this_machine().bandwidth
     memory = run / max(run - call - written, 1e-9)
-    return _product_share(path, feeds) / memory, memory
+    return {"products": _product_share(model_path(folder, name, "fused"), feeds) / memory, "memory": memory}
 
 
-def _text_shares(folder: Path, name: str, known: Known, sample: Any) -> float:
+def _text_share(folder: Path, name: str, sample: Any) -> dict[str, float]:
     """Share of products where a prompt runs, or one token."""
     path = model_path(folder, name, "fused")
     model = load(path)
@@ -166,7 +178,7 @@ def _text_shares(folder: Path, name: str, known: Known, sample: Any) -> float:
         if value.name and value.name.startswith("past") and value.shape is not None:
             feeds[value.name] = np.zeros([1, value.shape[1], past, value.shape[3]], np.float32)
     wanted = {value.name for value in model.graph.inputs}
-    return _product_share(path, {name: array for name, array in feeds.items() if name in wanted})
+    return {"products": _product_share(path, {key: array for key, array in feeds.items() if key in wanted})}
 
 
 def _product_share(path: Path, feeds: dict[str, Any]) -> float:
@@ -185,10 +197,6 @@ def _nothing() -> Any:
     return ir.from_onnx_text(f"{header} nothing (float[1] x) => (float[1] y) {{ y = Identity(x) }}")
 
 
-def _seconds(session: Session, feeds: dict[str, Any]) -> float:
-    return min(_time(lambda: session.ort.run(None, feeds)) for _ in range(20))
-
-
 def _time(run: Any) -> float:
     start = time.perf_counter()
     run()
@@ -201,6 +209,10 @@ def report(folder: Path, names: list[str]) -> None:
     for name in names:
         known = json.loads((folder / name / "known.json").read_text())
         timed = json.loads((folder / name / "timed.json").read_text())
+        shares = json.loads((folder / name / "shares.json").read_text())
+        fused = {label: cell["ratio"] for label, cell in timed["speed"]["fused"].items()}
+        timed["bounds"] = {label: allowed(known, fused[label], each) for label, each in shares.items()}
+        timed["shares"] = shares
         content[name] = {"models": known, **timed}
         console.print(_table(name, known, timed))
     images, labels = digits()
@@ -223,7 +235,7 @@ def report(folder: Path, names: list[str]) -> None:
 
 def _table(name: str, known: Known, timed: dict[str, Any]) -> Table:
     labels, metric = known[""]["workloads"], known[""]["metric"]
-    table = Table(title=f"{name}: times as fast as ONNX Runtime in fp32, one thread (at most)")
+    table = Table(title=f"{name}: times as fast as ONNX Runtime in fp32, one thread (arithmetic allows)")
     for column in ("", "claimed", *labels, f"quality: {metric}" if metric else "quality"):
         table.add_column(column, justify="left" if not column else "right")
     for row, (technique, _) in ROWS.items():
@@ -235,7 +247,7 @@ def _table(name: str, known: Known, timed: dict[str, Any]) -> Table:
         cells = [f"{CLAIMED[row]:.1f}" if row in CLAIMED else ""]
         for label in labels:
             bound = timed["bounds"][label].get(row)
-            said = f" ({bound:.2f})" if bound is not None and math.isfinite(bound) else ""
+            said = f" ({bound:.2f})" if bound is not None else ""
             cells.append(f"{figures[label]['ratio']:.2f} ±{figures[label]['spread']:.2f}{said}")
         quality = known[technique].get("quality")
         table.add_row(row, *cells, "" if quality is None else f"{quality:.4f}")
@@ -252,7 +264,7 @@ def _table(name: str, known: Known, timed: dict[str, Any]) -> Table:
 def main() -> None:
     """Prepares, times or reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "time", "report"))
+    parser.add_argument("what", choices=("prepare", "time", "bounds", "report"))
     parser.add_argument("--folder", type=Path, required=True, help="where models and figures are kept")
     parser.add_argument("--only", nargs="*", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=5)
@@ -264,6 +276,8 @@ def main() -> None:
     for name in options.only:
         if options.what == "prepare":
             prepare(name, options.folder)
+        elif options.what == "bounds":
+            bounds(options.folder, name)
         else:
             measure(options.folder, name, options.rounds, options.seconds)
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from distillation import TRAINED, digits
+from distillation import digits
 from encoder_int8 import batches, fidelity, random_tokens
-from lowbit import nats, samples
-from pruning_structured import texts
+from pruning_data import story_samples, texts
 
 import onnxlathe as lathe
 from onnxlathe.compiler.graph import weight_bytes
+from onnxlathe.compiler.scores import nats
 from onnxlathe.models.mlp import Mlp784
 from onnxlathe.models.zoo import build
 from onnxlathe.passes import PruneSparse, PruneWidth, QuantizeWeights
@@ -30,6 +30,7 @@ from onnxlathe.runtime.artifact import load, save
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 
 Feeds = dict[str, Any]
+TRAINED = 8000
 FUSED = list(PRESETS["cpu-fp32"].passes)
 INT8 = list(PRESETS["cpu-int8"].passes)
 # Zeros where the smallest 20 % of all weights are, as the survey has it; 20 % of the units; units until half the time.
@@ -154,7 +155,7 @@ def encoder(folder: Path) -> Subject:
 
 def decoder(folder: Path) -> Subject:
     """stories260k; calibrated on 40 stories, judged on as many others."""
-    calibration, judged = samples(40)
+    calibration, judged = story_samples(40)
     source = folder / "decoder" / "original.onnx"
     if not source.exists():
         from onnxlathe.models.stories import stories260k
@@ -165,7 +166,7 @@ def decoder(folder: Path) -> Subject:
         "decoder",
         "nats a token",
         calibration,
-        lambda path: nats(model := load(path), [_with_caches(sample, model) for sample in judged]),
+        lambda path: _nats(load(path), judged),
         {
             "6 prompts of 256": {"prompt": np.resize(stock, (6, 256)), "new": np.array(1)},
             "6 texts of 16 + 64": {"prompt": np.resize(stock, (6, 16)), "new": np.array(64)},
@@ -193,6 +194,12 @@ def llama(folder: Path) -> Subject:
     prompts = np.random.default_rng(0).integers(3, 40_000, (2, 16))
     texts = {"2 texts of 16 + 12": {"prompt": prompts, "new": np.array(12)}}
     return Subject("llama", "", [], None, texts, found, text=True)
+
+
+def _nats(model: ir.Model, judged: list[Feeds]) -> float:
+    """Of all tokens of the judged stories, each from its start."""
+    session = open_session(model, session_options(threads=1))
+    return nats(judged, [run_session(session, _with_caches(sample, model), ["logits"]) for sample in judged])
 
 
 def _with_caches(sample: Feeds, model: ir.Model) -> Feeds:
@@ -231,7 +238,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
 def _made(subject: Subject, source: Path, path: Path, steps: Sequence[Any]) -> dict[str, Any]:
     told: list[str] = []
     if steps:
-        given = subject.calibration or None
+        given = [_with_caches(sample, load(source)) for sample in subject.calibration] or None
         try:
             out = lathe.compile(source, steps, calibration=given, threads=1, speed_gate=False, progress=False)
         except lathe.LatheError as error:

@@ -1,14 +1,13 @@
-"""The survey's picture: claimed, allowed by physics, measured."""
+"""The survey's picture: claimed, allowed by arithmetic, measured."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxlathe.runtime.artifact import write_atomically
+from onnxlathe.runtime.files import write_atomically
 
 _SHOWN = ("mlp", "encoder", "decoder", "llama")
 
@@ -32,7 +31,7 @@ def draw(content: Mapping[str, Any], path: Path, claimed: Mapping[str, float]) -
             spreads = [timed["speed"][row][label]["spread"] for row in rows]
             axes.bar(places, heights, width * 0.92, yerr=spreads, label=label, color=f"C{number}", alpha=0.8)
             limits = [timed["bounds"][label].get(row) for row in rows]
-            known = [(at, limit) for at, limit in zip(places, limits, strict=True) if limit and math.isfinite(limit)]
+            known = [(at, limit) for at, limit in zip(places, limits, strict=True) if limit]
             if known:
                 axes.scatter(*zip(*known, strict=True), marker="_", s=260 / len(labels), color="black", zorder=3)
         for at, row in enumerate(rows):
@@ -42,7 +41,7 @@ def draw(content: Mapping[str, Any], path: Path, claimed: Mapping[str, float]) -
         axes.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
         axes.set_xticks(range(len(rows)), rows, fontsize=8)
         axes.set_ylabel("times as fast")
-        axes.set_title(f"{name} (red: the survey's claim; black: the most that physics allows)", fontsize=9)
+        axes.set_title(f"{name} (red: the survey's claim; black: what arithmetic allows)", fontsize=9)
         axes.legend(fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

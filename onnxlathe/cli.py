@@ -10,7 +10,7 @@ import typer
 
 from onnxlathe.runtime.errors import LatheError, PassError
 
-from .cli_devices import plan, serve, split
+from .cli_devices import place, plan, serve, split
 from .cli_goal import GoalOption, MaxDrop, Plot, Sizes, TimeBudget
 from .options import Device, Model, OptionalOutput, Output, Samples, Target, Threads, status
 
@@ -292,7 +292,7 @@ def view(
     view_models([path for path in (model, before) if path is not None], port, browser)
 
 
-for command in (serve, plan, split):
+for command in (serve, plan, place, split):
     app.command()(command)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -80,3 +83,32 @@ def test_padding_is_left_out() -> None:
     mask = np.array([[1, 1, 1, 1], [1, 0, 1, 1]])  # one past column
     assert np.array_equal(token_rows(array, {"attention_mask": mask}), array.reshape(6, 2)[[0, 1, 2, 4, 5]])
     assert token_rows(array, {}).shape == (6, 2)
+
+
+def test_weights_replaced_later_are_let_go() -> None:
+    """Although the loop pauses the collector of cycles: GPTQ puts a new weight in at every stage."""
+    model, feeds = block(), block_feeds(1)
+    stages = stage_order(model, values(model, "n", "m", "r"))
+    stream = Stream(model, stages, feeds, 1 << 20)
+    up = model.graph.initializers["up_w"]
+    gc.disable()
+    try:
+        up.const_value = ir.tensor(np.zeros((64, 80), np.float32), name="up_w")
+        alive = weakref.ref(up.const_value)
+        list(stream.advance(0)), list(stream.advance(1))
+        up.const_value = None
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_ends_that_no_later_stage_reads_are_kept() -> None:
+    """Two inputs of the model, and two outputs of one node, as stages: nothing else keeps the second of each."""
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, 4] x, float[n, 4] z) => (float[n, 4] y)
+    { a, b = Split<axis=1, num_outputs=2>(x) s = Neg(b) y = Concat<axis=1>(a, s) }"""
+    model = from_text(text)
+    feeds = [{"x": np.arange(4, dtype=np.float32)[None], "z": np.ones((1, 4), np.float32)}]
+    stages = [*model.graph.inputs, *values(model, "a", "b")]
+    stream = Stream(model, stages, feeds, 1 << 20)
+    found = [next(iter(stream.advance(number))).tolist() for number in range(4)]
+    assert found == [[[0, 1, 2, 3]], [[1, 1, 1, 1]], [[0, 1]], [[2, 3]]]

@@ -165,10 +165,14 @@ class Search:
         axes = figure.subplots()
         points = [(1.0, 0.0, self.bytes, ORIGINAL)]
         points += [(trial.speed, max(trial.drop or 0.0, 0.0), trial.bytes, trial.name) for trial in done]
-        for speed, drop, size, name in points:
+        middle = (min(points)[0] + max(points)[0]) / 2
+        for number, (speed, drop, size, name) in enumerate(sorted(points)):
             colour = "tab:green" if name == self.chosen else "tab:blue" if drop <= self.limit else "tab:red"
             axes.scatter(speed, drop, 40 + 360 * size / max(self.bytes, 1), colour, alpha=0.5)
-            axes.annotate(name, (speed, drop), textcoords="offset points", xytext=(6, 6), fontsize=8)
+            place, side = ((-10, "right") if speed > middle else (10, "left")), (8, -14)[number % 2]
+            axes.annotate(
+                name, (speed, drop), textcoords="offset points", xytext=(place[0], side), ha=place[1], fontsize=8
+            )
         front = sorted((trial.speed, max(trial.drop or 0.0, 0.0)) for trial in self.front())
         axes.plot(*zip(*front, strict=True), "--", color="grey", linewidth=1) if front else None
         axes.axhline(self.limit, color="tab:red", linewidth=1)

@@ -70,9 +70,10 @@ class CanonicalSearch:
         self.first, self.last, self.size, self.capacity = first, last, size, capacity
         self.by_waste, self.limit, self.deadline = by_waste, limit, deadline
         self.offsets = np.zeros_like(size)
-        self.overlap = (first[:, None] < last) & (first < last[:, None])
+        self.overlap = (first[:, None] < last) & (first < last[:, None]) & ~np.eye(len(size), dtype=bool)
         sections = np.arange(int(last.max()))
         self.inside = (first[:, None] <= sections) & (sections < last[:, None])
+        self._sizes = self.inside * size[:, None]
         self.nodes = 0
         self._failed: set[bytes] = set()
         self._local = np.zeros(len(size), np.int64)
@@ -80,7 +81,7 @@ class CanonicalSearch:
 
     def run(self) -> bool | None:
         """Whether there is a solution, which is then in ``offsets``; None: not decided within the limits."""
-        if (self.inside * self.size[:, None]).sum(axis=0).max() > self.capacity:
+        if self._sizes.sum(axis=0).max() > self.capacity:
             return False
         section, members = np.nonzero(self.inside.T)
         everything = np.arange(len(self.size))
@@ -100,25 +101,49 @@ class CanonicalSearch:
         if len(left) == 1:
             self.offsets[left[0]] = lowest[0]
             return bool(lowest[0] + self.size[left[0]] <= self.capacity)
-        candidates = self._candidates(state)
+        if not self._fits(state):
+            self._failed.add(key)
+            return False
+        candidates, free = self._candidates(state)
         pushed = np.maximum(lowest, (lowest + self.size[left])[candidates, None])
         after = np.where(self.overlap[left[candidates]][:, left], pushed, lowest)
         for row in self._promising(state, candidates, after):
             position = candidates[row]
             chosen = left[position]
             self.offsets[chosen] = lowest[position]
-            if all(self._solve(part) for part in self._rest(state, position, after[row])):
+            if all(self._solve(part) for part in self._rest(state, position, after[row], free)):
                 return True
         self._failed.add(key)
         return False
 
-    def _candidates(self, state: _State) -> Array:
+    def _fits(self, state: _State) -> bool:
+        """Whether each section has room for what is left in it, placed from the bottom up.
+
+        Whoever could have been placed before the last one and was not lies on top of somebody who is still to come.
+        """
+        left, lowest = state.left, state.lowest
+        size = self.size[left]
+        passed = (lowest < state.offset) | ((lowest == state.offset) & (left < state.index))
+        if passed.any():
+            least = np.where(passed, _FAR, lowest + size).min()
+            top = np.where(passed, least, lowest) + size
+            support = np.where(self.overlap[left[passed]][:, left], top, _FAR).min(axis=1)
+            lowest = lowest.copy()
+            lowest[passed] = np.maximum(lowest[passed], support)
+        order = np.argsort(lowest)
+        sections = slice(int(self.first[left].min()), int(self.last[left].max()))
+        sizes = self._sizes[left[order], sections]
+        height = np.cumsum(sizes[::-1], axis=0)[::-1] + lowest[order, None]
+        return bool((np.where(sizes > 0, height, 0) <= self.capacity).all())
+
+    def _candidates(self, state: _State) -> tuple[Array, bool]:
         """Positions in ``state.left`` of what may be placed next, lowest first.
 
         Not what begins where another would already have ended (it would leave a gap the other fits into), and of
-        buffers that are alike only the first.
+        buffers that are alike only the first. One that is in nobody's way is the only one; then the second is True.
         """
         left, lowest = state.left, state.lowest
+        end = lowest + self.size[left]
         top = (np.maximum(lowest, state.offset) + self.size[left]).min()
         later = (lowest > state.offset) | ((lowest == state.offset) & (left >= state.index))
         self._local[:] = -1
@@ -126,7 +151,10 @@ class CanonicalSearch:
         twin = self._twin[left]
         alike = (twin >= 0) & (self._local[twin] >= 0)
         found = np.flatnonzero(later & (lowest < top) & ~alike)
-        return found[np.argsort(lowest[found], kind="stable")]
+        in_the_way = (self.overlap[left[found]][:, left] & (lowest < end[found, None])).any(axis=1)
+        if not in_the_way.all():
+            return found[~in_the_way][:1], True
+        return found[np.argsort(lowest[found], kind="stable")], False
 
     def _promising(self, state: _State, candidates: Array, after: Array) -> list[int]:
         """Rows of ``candidates`` that no section rules out, in the order to try them.
@@ -152,23 +180,26 @@ class CanonicalSearch:
         rank = np.floor(np.log(cost[good] / cost[-1]) * _STEP)
         return good[np.lexsort([rank, here[good]])].tolist()
 
-    def _rest(self, state: _State, position: int, after: Array) -> list[_State]:
-        """What is left when the buffer at ``position`` is placed, cut where nothing is alive; smallest part first."""
+    def _rest(self, state: _State, position: int, after: Array, free: bool) -> list[_State]:
+        """What is left when the buffer at ``position`` is placed, cut where nothing is alive; smallest part first.
+
+        A buffer that is ``free``, in nobody's way, stands outside the order in which the others are placed.
+        """
         chosen = int(state.left[position])
-        offset = int(state.lowest[position])
+        offset, last = (state.offset, state.index) if free else (int(state.lowest[position]), chosen)
         left, lowest = np.delete(state.left, position), np.delete(after, position)
         kept = state.members != chosen
         members, section = state.members[kept], state.section[kept]
         parts = parts_in_time(self.first, self.last, left)
         if len(parts) == 1:
-            return [_State(left, lowest, members, section, offset, chosen)]
+            return [_State(left, lowest, members, section, offset, last)]
         states: list[_State] = []
         for part in sorted(parts, key=len):
             inside = np.zeros(len(self.size), bool)
             inside[part] = True
             mine = inside[members]
             own = lowest[np.searchsorted(left, part)]
-            states.append(_State(part, own, members[mine], section[mine], offset, chosen))
+            states.append(_State(part, own, members[mine], section[mine], offset, last))
         return states
 
 

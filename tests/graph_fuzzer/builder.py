@@ -121,7 +121,7 @@ class Builder:
         more: Sequence[Value] = (),
         **attributes: Any,
     ) -> Value:
-        """Adds a node; where not given, its output has the dtype of the first input and its shape, or the broadcast one."""
+        """Adds a node; where not given, its output has the dtype and shape of its first input, or the broadcast one."""
         first = inputs[0] if inputs else None
         if shape is None or not dtype:
             if first is None:

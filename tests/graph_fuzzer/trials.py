@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from random import Random
+from typing import Literal
 
 from onnxlathe.compiler.base import Pass
 from onnxlathe.compiler.budget import Budget
@@ -34,6 +35,8 @@ from onnxlathe.passes.partition.partition_devices import PartitionDevices
 from onnxlathe.passes.partition.partition_stages import PartitionStages
 from onnxlathe.passes.presets import PRESETS, make_pass
 
+_FORMS: list[Literal["auto", "Attention", "MultiHeadAttention"]] = ["auto", "Attention", "MultiHeadAttention"]
+_MACHINES = {"cuda": (1e12, 1e11, 5e-6)}
 _LOOSE = Budget("relative_error", 100.0)
 
 
@@ -58,9 +61,21 @@ class Trial:
     again: bool = True
 
 
-_PLAIN = """simplify-shapes fold-constants fuse-gelu fuse-normalization fuse-rotary fuse-conv fuse-linear
-    fuse-gate-up fuse-group-query-attention keep-last-logits split-skip-normalization equalize-layers
-    partition-tensor""".split()
+_PLAIN = [
+    "simplify-shapes",
+    "fold-constants",
+    "fuse-gelu",
+    "fuse-normalization",
+    "fuse-rotary",
+    "fuse-conv",
+    "fuse-linear",
+    "fuse-gate-up",
+    "fuse-group-query-attention",
+    "keep-last-logits",
+    "split-skip-normalization",
+    "equalize-layers",
+    "partition-tensor",
+]
 
 
 def _plain(name: str) -> Callable[[Random], Pass]:
@@ -70,7 +85,9 @@ def _plain(name: str) -> Callable[[Random], Pass]:
 TRIALS: list[Trial] = [
     Trial("cleanup", _plain("cleanup"), raw=True),
     *(Trial(name, _plain(name)) for name in _PLAIN),
-    Trial("fuse-attention", lambda random: FuseAttention(form=random.choice(["auto", "Attention", "MultiHeadAttention"]))),
+    Trial(
+        "fuse-attention", lambda random: FuseAttention(form=random.choice(["auto", "Attention", "MultiHeadAttention"]))
+    ),
     Trial("fuse-skip-normalization", lambda random: FuseSkipNormalization(always=True)),
     Trial("fuse-skip-normalization", lambda random: FuseSkipNormalization(always=True), ("fuse-normalization",)),
     Trial("split-skip-normalization", _plain("split-skip-normalization"), ("fuse-normalization",)),
@@ -82,7 +99,11 @@ TRIALS: list[Trial] = [
     Trial("fuse-integer-product", _plain("fuse-integer-product")),
     Trial("plan-memory", lambda random: PlanMemory(({"n": 2, "s": 5},), measure=False, time_limit=0.2), every=8),
     Trial("tile-patches", lambda random: TilePatches(batch=2)),
-    Trial("partition-devices", lambda random: PartitionDevices(machines={"cuda": (1e12, 1e11, 5e-6)}, cost="roofline"), every=8),
+    Trial(
+        "partition-devices",
+        lambda random: PartitionDevices(machines={"cuda": (1e12, 1e11, 5e-6)}, cost="roofline"),
+        every=8,
+    ),
     Trial("partition-stages", lambda random: PartitionStages(cost="roofline"), every=8),
     Trial("quantize-weights", lambda random: QuantizeWeights(bits=random.choice([2, 4, 8]), block_size=16), every=4),
     Trial("few-level-weights", lambda random: FewLevelWeights(block_size=32), every=8),
