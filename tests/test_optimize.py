@@ -251,6 +251,7 @@ def test_ctrl_c_returns_the_best_so_far_and_the_next_search_goes_on(
     monkeypatch.setattr(search, "compile_apart", until_the_second)
     out = lathe.optimize(network, "speed", "1%", samples=feeds, progress=False)
     assert out.search.chosen == "cpu-fp32" and "Ctrl-C" in " ".join(out.search.notes)
+    assert [trial.status for trial in out.search.trials] == ["", "stopped"]
 
     def counted(request: Request, seconds: float, tell: Callable[[str], None]) -> None:
         compiled.append(request.target)

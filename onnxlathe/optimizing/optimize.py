@@ -230,7 +230,10 @@ def _remarks(data: SearchData, judge: Judge, best: Trial | None, goal: str) -> l
     if len(judge.samples) < len(data.judged):
         notes.append(f"Only {len(judge.samples)} of {len(data.judged)} samples judge: their outputs are large.")
     if best is None:
-        notes.append("Nothing that was tried is both within the limit and not slower: the model is returned as it was.")
+        notes.append(
+            "Nothing that was tried to its end is both within the limit and not slower: "
+            "the model is returned as it was."
+        )
     elif best.exact:
         notes.append(
             f"Nothing else that was tried within the limit is better for {goal}: "

@@ -75,6 +75,9 @@ class Searcher:
             return self._confirmed()
         except KeyboardInterrupt:
             self.notes.append("Stopped by Ctrl-C: the best so far, measured once; the search goes on when asked again.")
+            for trial in self.trials:
+                if trial.name not in self.progress.done and not trial.status:
+                    trial.status = "stopped"
             return next(iter(self.progress.ranked()), None)
 
     @property
