@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from peers import python_of, versions
 
-from onnxlathe.runtime.artifact import write_atomically
 from onnxlathe.runtime.environment import environment
+from onnxlathe.runtime.files import write_atomically
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

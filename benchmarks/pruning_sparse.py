@@ -25,8 +25,9 @@ import numpy as np
 import onnx_ir as ir
 from encoder_int8 import batches, pooled, save_all, sentences
 from harness import RESULTS, write_result
-from lowbit import VALIDATION, Feeds, nats, sample_of, samples
+from lowbit import TEXT, Feeds, Judge, sample_of
 from pruners import pruned_by
+from pruning_data import story_samples
 from rich.console import Console
 from rich.table import Table
 
@@ -74,10 +75,10 @@ class Row:
 
 def more_stories() -> list[Feeds]:
     """The stories of the longer validation text that are not among the held-out ones."""
-    if not VALIDATION.is_file():
+    if not TEXT.is_file():
         return []
     openings = {story[:60] for story in heldout_stories()}
-    texts = split_stories(VALIDATION.read_text(encoding="utf-8"))
+    texts = split_stories(TEXT.read_text(encoding="utf-8"))
     return [sample_of(story) for story in texts if not any(opening in story for opening in openings)]
 
 
@@ -124,14 +125,14 @@ def by_peers(model: ir.Model, calibration: list[Feeds]) -> Iterator[tuple[str, s
 
 def stories(quick: bool, parts: set[str], console: Console) -> Iterator[tuple[float, list[Row], list[dict[str, Any]]]]:
     """Nats a token of the dense model, the rows so far, and the layers' errors; one goal after the other."""
-    calibration, judged = samples(16 if quick else 80)
+    calibration, judged = story_samples(16 if quick else 80)
     calibration = calibration if quick else calibration + more_stories()
     tokens = sum(sample["input_ids"].size for sample in calibration)
     console.print(f"{len(calibration)} stories to calibrate on, {tokens} tokens")
     model = export_causal_lm(stories260k(), check=False)
     for step in (Cleanup(), FoldConstants()):
         step(model, PassContext())
-    base = nats(model, judged)
+    judge = Judge(model, judged)
     errors = list(layers("stories260k", model, calibration[:80], judged)) if "layers" in parts else []
     rows: list[Row] = []
     for goal, options in GOALS.items():
@@ -146,16 +147,16 @@ def stories(quick: bool, parts: set[str], console: Console) -> Iterator[tuple[fl
             changed = model.clone()
             PruneSparse(**options, **choice)(changed, PassContext(feeds=feeds, threads=1))
             changed = with_random_masks(model, changed) if side == "random mask" else changed
-            rows.append(row_of("stories260k", goal, side, changed, nats(changed, judged) - base))
+            rows.append(row_of("stories260k", goal, side, changed, judge(changed)[0]))
             console.print(f"stories260k {goal} {side}: {rows[-1].figure:+.4f} nats a token")
-        yield base, rows, errors
+        yield judge.loss, rows, errors
     for goal, tool, changed in by_peers(model, calibration) if "peers" in parts else ():
         if isinstance(changed, str):
             console.print(f"{goal} {tool}: {changed}")
         else:
-            rows.append(row_of("stories260k", goal, tool, changed, nats(changed, judged) - base))
+            rows.append(row_of("stories260k", goal, tool, changed, judge(changed)[0]))
             console.print(f"stories260k {goal} {tool}: {rows[-1].figure:+.4f} nats a token")
-    yield base, rows, errors
+    yield judge.loss, rows, errors
 
 
 def minilm(parts: set[str], console: Console) -> tuple[list[Row], list[dict[str, Any]]]:

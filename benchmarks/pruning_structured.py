@@ -23,9 +23,9 @@ import numpy as np
 import onnx_ir as ir
 from encoder_int8 import batches, fidelity, random_tokens, save_all
 from harness import write_result
-from lowbit import nats, samples
-from minilm_data import minilm, texts
+from lowbit import Judge
 from pruners import pruned_by
+from pruning_data import minilm, story_samples, texts
 from rich.console import Console
 from rich.table import Table
 
@@ -134,13 +134,14 @@ def run_stories(folder: Path, count: int) -> list[Row]:
     """stories260k with every pass that fits it."""
     entry = build("stories260k")
     model = lathe.compile(lathe.export_causal_lm(entry.module, check=False), "basic", progress=False).model
-    calibration, judged = samples(count)
-    base = nats(model, judged)
+    calibration, judged = story_samples(count)
+    base = Judge(model, judged).loss
 
     def judge(item: ir.Model) -> dict[str, float]:
         names = {value.name: value.shape for value in item.graph.inputs}
         narrow = [{k: v[:, : names[k][1]] if "past" in k else v for k, v in f.items() if k in names} for f in judged]
-        return {"nats a token": nats(item, narrow), "increase": nats(item, narrow) - base}
+        loss = Judge(item, narrow).loss
+        return {"nats a token": loss, "increase": loss - base}
 
     stories = folder / "stories"
     stories.mkdir(exist_ok=True)
@@ -200,7 +201,7 @@ def run_layers(folder: Path, count: int) -> dict[str, Any]:
     calibration, held = texts(count)
     entry = build("stories260k")
     stories = lathe.compile(lathe.export_causal_lm(entry.module, check=False), "basic", progress=False).model
-    first, second = samples(40)
+    first, second = story_samples(40)
     return {
         "minilm": layer_errors(minilm(folder), batches(calibration, 16), batches(held, 32)),
         "stories260k": layer_errors(stories, first, second),

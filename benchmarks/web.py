@@ -41,7 +41,7 @@ def problem() -> str:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Generator[str]:
-    """The address of a server for ``folder``, with ``node_modules`` of the package in it."""
+    """The address of a server for ``folder``, with the package's ``node_modules`` in each folder of it."""
     handler = functools.partial(_Handler, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -79,9 +79,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     }
 
     def translate_path(self, path: str) -> str:
-        if path.startswith("/node_modules/"):
-            return str(ROOT / path.partition("?")[0].lstrip("/"))
-        return super().translate_path(path)
+        _, found, name = path.partition("?")[0].partition("/node_modules/")
+        return str(ROOT / "node_modules" / name) if found else super().translate_path(path)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Silent."""

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..runtime.artifact import write_atomically
 from ..runtime.errors import LatheError
+from ..runtime.files import write_atomically
 
 
 @dataclasses.dataclass

@@ -220,12 +220,13 @@ def replace(old: ir.Node, new: Sequence[ir.Node], *, by: str, gone: Iterable[ir.
         old: the last node of the pattern (one output used).
         new: replacement nodes in topological order.
         by: name of the pass, written into the metadata of the new nodes for Netron.
-        gone: the other nodes of the pattern, named in the metadata.
+        gone: the other nodes of the pattern, named in the metadata; of those that a pass made, what they come from.
     """
     graph = old.graph
     if graph is None:
         raise ValueError(f"{old.name} is not in a graph")
-    origin = ", ".join(f"{node.op_type}:{node.name}" for node in (*gone, old))
+    origins = (node.metadata_props.get(FROM_KEY, f"{node.op_type}:{node.name}") for node in (*gone, old))
+    origin = ", ".join(dict.fromkeys(name for text in origins for name in text.split(", ")))
     for node in new:
         node.metadata_props[PASS_KEY] = by
         node.metadata_props[FROM_KEY] = origin
@@ -245,6 +246,17 @@ def remove_dead(model: ir.Model) -> int:
         for node in reversed(graph):
             if any(value.uses() or value.is_graph_output() for value in node.outputs):
                 continue
+            for body in subgraphs(node):
+                _stop_reading(body)
             graph.remove(node, safe=True)
             removed += 1
     return removed
+
+
+def _stop_reading(body: ir.Graph) -> None:
+    """Lets the nodes of a body that goes read nothing: else they count as readers of the graphs around it."""
+    for node in body:
+        for inner in subgraphs(node):
+            _stop_reading(inner)
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -10,6 +12,7 @@ import onnx_ir.passes.common as common
 
 from ..runtime.artifact import load
 from ..runtime.errors import ModelError
+from ..runtime.untrusted import check_proto
 from .graph import opset
 
 OLDEST_OPSET, NEWEST_OPSET = 7, 26
@@ -29,7 +32,7 @@ def load_model(source: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> i
     if isinstance(source, ir.Model):
         model = source.clone()
     elif isinstance(source, onnx.ModelProto):
-        model = ir.from_proto(source)
+        model = _from_proto(source)
     else:
         model = load(source)
     version = opset(model)
@@ -46,9 +49,23 @@ def load_model(source: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> i
     return model
 
 
+def _from_proto(source: onnx.ModelProto) -> ir.Model:
+    """External data is looked for in the current folder, as onnx_ir does it."""
+    check_proto(source, "the model", Path.cwd())
+    try:
+        return ir.from_proto(source)
+    except Exception as error:  # whatever a malformed message leads to
+        raise ModelError(f"The model cannot be read: {error}.", "Check it with onnx.checker.check_model.") from error
+
+
 def infer_shapes(model: ir.Model) -> None:
     """Fills in missing types and shapes where ``onnx.shape_inference`` knows them; never fails."""
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    log = logging.getLogger("onnx_ir.passes.common.shape_inference")
+    disabled, log.disabled = log.disabled, True  # a graph that cannot even be written: ``check_model`` says it
+    try:
+        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    finally:
+        log.disabled = disabled
 
 
 def _drop_overridable(model: ir.Model) -> None:

@@ -75,9 +75,10 @@ def _check_places(plan: MemoryPlan, made_at: dict[ir.Value, int], last_read: dic
 
 def _is_outside(value: ir.Value, place: Mapping[str, object]) -> bool:
     """Whether ``value`` is a view, perhaps of a view, of something that has memory of its own."""
+    home = value.graph
     while True:
         maker = value.producer()
-        if maker is None:
+        if maker is None or maker.graph is not home:  # of an outer graph, which has its own arena
             return True
         first = maker.inputs[0] if maker.inputs else None
         if maker.op_type not in ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity") or first is None:

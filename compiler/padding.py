@@ -59,6 +59,16 @@ def defined_results(
     return defined | {f"{name} of the next step": after[name] for name in defined}
 
 
+def without_padding(sample: Mapping[str, Array]) -> dict[str, Array]:
+    """The row of ``sample`` with most tokens, those alone; as it is where not every input is one number a token."""
+    mask = sample.get(MASK)
+    if mask is None or mask.ndim != 2 or not mask.size or any(array.shape != mask.shape for array in sample.values()):
+        return dict(sample)
+    row = int(mask.astype(bool).sum(axis=1).argmax())
+    tokens = mask[row].astype(bool)
+    return {name: np.ascontiguousarray(array[row : row + 1, tokens]) for name, array in sample.items()}
+
+
 def results_of_tokens(sample: Mapping[str, Array], results: Mapping[str, Array]) -> dict[str, Array]:
     """``results`` with zeros at positions that ``attention_mask`` leaves out; all of them if there is no such input."""
     mask = sample.get(MASK)

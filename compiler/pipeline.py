@@ -16,8 +16,10 @@ from ..runtime.artifact import REPORT_KEY, VERSION_KEY, config_metadata, save
 from ..runtime.errors import LatheError, ModelError, PassError, VerifyError
 from ..runtime.generation.genai_folder import save_genai
 from ..runtime.session import Session
+from ..runtime.targets import Target, node_obstacles
 from . import verify
 from .base import Claim, Feeds, Outcome, Pass, PassContext
+from .bundle import save_bundle
 from .gate import measure_speed
 from .graph import count_ops, weight_bytes
 from .kept_caches import KeptCaches
@@ -39,15 +41,42 @@ class Compiled:
         model: the rewritten graph.
         report: what was done.
         ort_config: session options the graph wants; saved with it and applied by ``Session``.
+        sample: inputs that the model was checked on; None if it was not.
     """
 
     model: ir.Model
     report: Report
     ort_config: dict[str, Any]
+    sample: Feeds | None = dataclasses.field(default=None, kw_only=True)
 
-    def save(self, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
-        """Writes the artifact: one ``.onnx`` below 2 GB, weights in ``<name>.data`` beside it above."""
-        return save(self.model, path, metadata=self._metadata(), external_data=external_data)
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        external_data: bool | None = None,
+        bundle: bool = False,
+        extra: Mapping[str, str | os.PathLike[str]] | None = None,
+    ) -> Path:
+        """Writes the artifact: one ``.onnx`` below 2 GB, weights in ``<name>.data`` beside it above.
+
+        With ``bundle`` it is the folder ``m.bundle`` for ``m.onnx``, with the model and all that it takes to run and to
+        test it elsewhere (see ``compiler.bundle``); ``extra`` are files to put into it, ``{name: path}``.
+
+        Returns:
+            What was written: the file, or the folder.
+        """
+        if not bundle:
+            return save(self.model, path, metadata=self._metadata(), external_data=external_data)
+        return save_bundle(
+            self.model,
+            path,
+            report=self.report,
+            metadata=self._metadata(),
+            ort_config=self.ort_config,
+            sample=self.sample,
+            external_data=external_data,
+            extra=extra,
+        )
 
     def save_genai(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Writes the artifact as an onnxruntime-genai folder; options as in ``runtime.genai_folder.save_genai``."""
@@ -83,6 +112,7 @@ class Settings:
         profiled: feeds on which the operators are timed and quantized layers compared, for the report; empty: not done.
         tolerance: largest relative error of EXACT passes; None takes each pass's own.
         on_error: ``"raise"`` stops at a failing pass, ``"skip"`` leaves it out and says so.
+        target: where the model will run; a pass that makes nodes which ``web`` or ``mobile`` cannot run is left out.
     """
 
     samples: Sequence[Feeds] = ()
@@ -90,6 +120,7 @@ class Settings:
     profiled: Sequence[Feeds] = ()
     tolerance: float | None = None
     on_error: OnError = "raise"
+    target: Target = "cpu"
 
 
 @dataclasses.dataclass
@@ -158,7 +189,8 @@ def run_pipeline(model: ir.Model, passes: Sequence[Pass], context: PassContext, 
     if settings.profiled:
         sides = [Side(item.model, item.config, item.profiled) for item in (original, state)]
         profile(report, sides[0], sides[1], context)
-    return Compiled(state.model, report, state.config)
+    sample = dict(state.samples[0]) if state.samples else None
+    return Compiled(state.model, report, state.config, sample=sample)
 
 
 def _original_results(model: ir.Model, settings: Settings) -> verify.Results:
@@ -197,6 +229,10 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     if not outcome.changed:
         return dataclasses.replace(state, spare=candidate)
     record.counts = dict(outcome.counts)
+    if lost := _lost(state.model, candidate, settings.target):
+        record.status = "dropped"
+        record.notes.append(f"left out, as {settings.target} cannot run what it makes: {lost}")
+        return state
     config = _merge(state.config, outcome.ort_config)
     if (kept := KeptCaches.take(candidate)) is not None:
         state = _adapted(state, kept, candidate)
@@ -214,6 +250,15 @@ def _run_one(step: Pass, state: _State, context: PassContext, settings: Settings
     record.nodes = (record.nodes[0], _size(candidate))
     record.weight_bytes = (record.weight_bytes[0], weight_bytes(candidate))
     return new
+
+
+def _lost(before: ir.Model, after: ir.Model, target: Target) -> str:
+    """The operators of ``after`` that ``target`` cannot run, if ``before`` had none of them; else empty."""
+    if target not in ("web", "mobile"):
+        return ""
+    known = {(item.what, item.reason) for item in node_obstacles(before, target)}
+    fresh = {(item.what, item.reason) for item in node_obstacles(after, target)} - known
+    return ", ".join(f"{what} ({reason})" for what, reason in sorted(fresh))
 
 
 def _adapted(state: _State, kept: KeptCaches, candidate: ir.Model) -> _State:

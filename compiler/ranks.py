@@ -29,15 +29,7 @@ def save_ranks(
 ) -> Path:
     """Writes the ranks that ``PartitionTensor`` planned: ``rank0.onnx``, ... and ``manifest.json``.
 
-    Args:
-        model: the model; not changed.
-        folder: the folder to write; one with an older division is replaced.
-        metadata: extra ``metadata_props`` of each file.
-        ort_config: session options, for the manifest.
-
-    Raises:
-        PlanError: the model has no ranks, or was changed afterwards.
-        ModelError: the folder holds something else, or cannot be written.
+    Arguments and errors are those of ``save_stages``; any change of the graph after the pass is an error here.
     """
     placement = placement_of(model, "ranks")
     if placement.nodes != fingerprint(model):
@@ -97,14 +89,25 @@ def _slice_weights(
         node = nodes[edit["node"]]
         value = node.inputs[edit["input"]]
         assert value is not None and value.const_value is not None
-        ranges = edit["ranges"][rank]
-        key = f"{value.name}|{edit['axis']}|{ranges}"
+        key = f"{value.name}|{edit['axis']}|{edit['ranges'][rank]}|{edit.get('rows')}|{edit.get('bits')}"
         if key not in made:
-            array = value.const_value.numpy()
-            pieces = [array[(slice(None),) * edit["axis"] + (slice(a, b),)] for a, b in ranges]
-            part = np.concatenate(pieces, axis=edit["axis"])
+            part = _cut(value.const_value.numpy(), edit, rank)
             made[key] = add_initializer(model.graph, names, f"{value.name}_part", part)
         node.replace_input_with(edit["input"], made[key])
+
+
+def _cut(array: Array, edit: Edit, rank: int) -> Array:
+    """A rank's part of a weight; of packed elements by their bits, of a flat one by its rows."""
+    axis, bits = edit["axis"], edit.get("bits")
+    if edit.get("rows"):
+        return _cut(array.reshape(edit["rows"], -1), {**edit, "rows": None}, rank).reshape(-1)
+    if bits is not None:
+        array = np.unpackbits(array, axis=axis, bitorder="little")
+    pieces = [
+        array[(slice(None),) * axis + (slice(a * (bits or 1), b * (bits or 1)),)] for a, b in edit["ranges"][rank]
+    ]
+    part = np.concatenate(pieces, axis=axis)
+    return np.packbits(part, axis=axis, bitorder="little") if bits is not None else part
 
 
 def _set_dim(graph: ir.Graph, node: ir.Node, edit: Edit, size: int, names: Names) -> None:

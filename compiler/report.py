@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..runtime.artifact import write_atomically
+from ..runtime.files import write_atomically
 from ..runtime.ranges import TensorRange
 from .base import Refusal
 from .reporting.records import GraphChange, Latency, Weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -110,8 +112,12 @@ def check_model(model: ir.Model) -> None:
     Raises:
         ModelError: what the checker says.
     """
-    with weights_outside(model):
-        proto = ir.to_proto(model)
+    _check_sizes(model)
+    try:
+        with weights_outside(model):
+            proto = ir.to_proto(model)
+    except ir.serde.SerdeError as error:
+        raise ModelError(f"The model is not valid ONNX: {_root_of(error)}", "Export or download it again.") from error
     # The checker wants external data on disk; the placeholders have none, so it sees inputs of the same type instead.
     placeholders = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     kept = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
@@ -131,6 +137,28 @@ def check_model(model: ir.Model) -> None:
             f"The model is not valid ONNX: {str(error).strip().splitlines()[0]}",
             "Re-export it, or check it with onnx.checker.check_model.",
         ) from error
+
+
+def _check_sizes(model: ir.Model) -> None:
+    """No value with a known shape may be larger than this machine's memory: the system would end the process."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 48
+    for graph in model.graphs():
+        for value in (value for node in graph for value in node.outputs):
+            if value.shape is None or value.dtype in (None, ir.DataType.STRING) or not value.shape.is_static():
+                continue
+            size = math.prod(value.shape.numpy()) * value.dtype.itemsize
+            if size > memory:
+                raise ModelError(
+                    f"The value {value.name!r} of shape {list(value.shape)} takes {size:.0f} bytes, more than this "
+                    "machine has.",
+                    "Compile a model of smaller sizes.",
+                )
+
+
+def _root_of(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{error}"[:200]
 
 
 def run_reference(model: ir.Model, feeds: Sequence[Mapping[str, Array]], device: Device = "cpu") -> Results:

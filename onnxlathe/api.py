@@ -31,8 +31,9 @@ from onnxlathe.runtime.environment import environment
 from onnxlathe.runtime.errors import ModelError
 from onnxlathe.runtime.feeds import FeedSource, Samples, make_feeds
 from onnxlathe.runtime.inference import open_session, run_session, session_options
-from onnxlathe.runtime.providers import Device, resolve_device
+from onnxlathe.runtime.providers import Device
 from onnxlathe.runtime.ranges import TensorRange
+from onnxlathe.runtime.targets import Target, check_target, device_of, facts
 
 from .reporting import call_text, memory_pictures
 
@@ -73,7 +74,9 @@ def compile(
         model: an ``onnx_ir.Model``, a ``ModelProto``, a path, or a ``torch.nn.Module`` with its ``args``. Not changed.
         passes: a preset's name, or pass names and pass values in order.
         args: example inputs, for a torch module.
-        target: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        target: ``"cpu"``, ``"cuda"`` or ``"auto"``; or ``"web"`` (onnxruntime-web, wasm) and ``"mobile"`` (its full
+            packages), for which everything is measured on the CPU here, passes that make nodes they cannot run are left
+            out, and a result they cannot run is an error (see ``runtime.targets``).
         threads: intra-op threads of the target, 0 for ONNX Runtime's default.
         calibration: samples for the checks, the gate and calibrating passes: ``{input name: array}`` items, an ``.npz``
             file or a folder of them, or a callable that returns an iterator; they are read one at a time. Or the report
@@ -89,13 +92,14 @@ def compile(
         progress: show what is being done on a terminal; or a function that is told.
 
     Raises:
-        ModelError: the model or the samples cannot be used.
+        ModelError: the model or the samples cannot be used, or the target cannot run the result.
         PassError: an unknown pass or option, or a pass that failed.
         VerifyError: a pass changed the numbers beyond the tolerance.
         RuntimeUnavailable: the target is not there.
     """
     call = call_text(compile, locals())
-    device = resolve_device(target)
+    device = device_of(target)
+    place: Target = target if target in ("web", "mobile") else device
     steps, preset_gate = resolve_passes(passes)
     graph = to_graph(model, args)
     with progress_sink(progress) as sink, _gc_paused():
@@ -125,10 +129,14 @@ def compile(
             profiled=measured if profile else [],
             tolerance=tolerance,
             on_error=on_error,
+            target=place,
         )
         compiled = run_pipeline(graph, steps, context, settings)
         sink("checking the result")
         check_model(compiled.model)
+        if place in ("web", "mobile"):
+            check_target(compiled.model, place)
+            compiled.report.notes += [f"checked for {place}", *facts(compiled.model, place)]
     compiled.report = dataclasses.replace(
         compiled.report,
         source=str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__,

@@ -60,12 +60,23 @@ def stream_text(
     print(said, file=sys.stderr)
 
 
-def carry_tokenizer(source: Path, compiled: ir.Model, output: Path) -> None:
-    """Gives ``output`` what ``source`` has beside it: its tokenizer, and the tokens that end a text."""
+def carry_tokenizer(source: Path, compiled: ir.Model, output: Path | None) -> Path | None:
+    """Gives ``output`` what ``source`` has beside it: its tokenizer, and the tokens that end a text.
+
+    Args:
+        source: the model that was compiled.
+        compiled: the result.
+        output: where it is written; None: the caller takes the tokenizer along.
+
+    Returns:
+        The tokenizer of ``source``, if there is one.
+    """
     if EOS_KEY not in compiled.metadata_props and (eos := eos_beside(source)):
         compiled.metadata_props[EOS_KEY] = json.dumps(eos)
-    if (file := tokenizer_file(source)) is not None:
+    file = tokenizer_file(source)
+    if file is not None and output is not None:
         put_tokenizer(file.read_bytes(), output)
+    return file
 
 
 def _write(text: str) -> None:

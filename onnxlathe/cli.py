@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +10,9 @@ import typer
 
 from onnxlathe.runtime.errors import LatheError, PassError
 
-from .cli_devices import plan, serve, split
+from .cli_devices import place, plan, serve, split
 from .cli_goal import GoalOption, MaxDrop, Plot, Sizes, TimeBudget
-from .options import Device, Model, OptionalOutput, Output, Samples, Threads, status
+from .options import Device, Model, OptionalOutput, Output, Samples, Target, Threads, status
 
 app = typer.Typer(
     help="A compiler for ONNX models whose every rewrite is checked against what ONNX Runtime really executes.",
@@ -76,7 +75,7 @@ def compile(
     passes: Annotated[
         str, typer.Option(help="a preset, or pass names with options: fuse-gelu,fold-constants:growth_limit=0")
     ] = "cpu-fp32",
-    target: Device = "cpu",
+    target: Target = "cpu",
     threads: Threads = 0,
     calibration: Annotated[
         Path | None,
@@ -96,19 +95,22 @@ def compile(
     json: Annotated[Path | None, typer.Option(help="also write the report as JSON")] = None,
     report: Annotated[Path | None, typer.Option(help="also write the report as a page, .html")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="also time each operator and compare each layer")] = False,
+    bundle: Annotated[bool, typer.Option("--bundle", help="write a folder that tests itself anywhere")] = False,
 ) -> None:
     """Compiles a model, prints what changed, writes the result.
 
     Example: onnxlathe compile model.onnx -o fast.onnx --passes cpu-fp32 --threads 4
 
     Example: onnxlathe compile model.onnx --for cpu --goal speed --max-drop 1% --samples texts.npz
+
+    Example: onnxlathe compile model.onnx -o small.onnx --passes edge --calibration x.npz --target web --bundle
     """
     if goal is not None:
         from .cli_goal import compile_for_goal
 
         written = compile_for_goal(
             model, output, goal, max_drop, time_budget, samples=calibration, sizes=sizes or [], target=target,
-            threads=threads, json=json, plot=plot,
+            threads=threads, json=json, report=report, plot=plot,
         )  # fmt: skip
         typer.echo(f"wrote {written} ({_size(written)})")
         return
@@ -116,6 +118,8 @@ def compile(
         raise LatheError("compile does not know where the result goes.", "Give -o fast.onnx (or --goal).")
     if on_error not in ("raise", "skip"):
         raise PassError(f"--on-error is {on_error!r}.", "Use raise or skip.")
+    from onnxlathe.runtime.generation.tokenizer import FILE as TOKENIZER
+
     from .api import compile as compile_model
     from .arguments import check_writable, parse_passes
     from .chat import carry_tokenizer
@@ -134,15 +138,15 @@ def compile(
         on_error=on_error,
         profile=profile,
     )
-    carry_tokenizer(model, out.model, output)
-    out.save(output)
+    tokenizer = carry_tokenizer(model, out.model, None if bundle else output)
+    written = out.save(output, bundle=bundle, extra={TOKENIZER: tokenizer} if tokenizer else None)
     out.report.print(refusals=refusals)
     if json is not None:
         out.report.save_json(json)
     if report is not None:
         out.report.html(report)
         typer.echo(f"wrote {report}")
-    typer.echo(f"wrote {output} ({_size(output)})")
+    typer.echo(f"wrote {written} ({_size(written)})")
 
 
 @app.command()
@@ -238,6 +242,19 @@ def diff(before: Model, after: Model, samples: Samples = None) -> None:
 
 
 @app.command()
+def check(
+    model: Model, target: Annotated[str, typer.Option("--target", help="cpu, cuda, web or mobile")] = "cpu"
+) -> None:
+    """Says whether a model can run on a target, and names the operators that cannot.
+
+    Example: onnxlathe check model.onnx --target web
+    """
+    from .look import print_check
+
+    print_check(model, target)
+
+
+@app.command()
 def analyze(
     float_model: Annotated[Path, typer.Argument(help="the .onnx file that was quantized", show_default=False)],
     quantized_model: Annotated[Path, typer.Argument(help="the quantized .onnx file", show_default=False)],
@@ -270,24 +287,12 @@ def view(
 
     Example: onnxlathe view fast.onnx --before original.onnx
     """
-    if importlib.util.find_spec("netron") is None:
-        raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
-    import netron
+    from .look import view_models
 
-    from onnxlathe.runtime.artifact import load
-
-    paths = [path for path in (model, before) if path is not None]
-    for path in paths:
-        load(path)  # a clear error instead of an empty page
-    for offset, path in enumerate(paths):
-        try:
-            netron.start(str(path), ("localhost", port + offset), browse=browser)  # says the address
-        except OSError as error:
-            raise LatheError(f"Cannot serve at port {port + offset}: {error.strerror}.", "Use --port.") from error
-    netron.wait()
+    view_models([path for path in (model, before) if path is not None], port, browser)
 
 
-for command in (serve, plan, split):
+for command in (serve, plan, place, split):
     app.command()(command)
 
 
@@ -324,5 +329,5 @@ def demo(
 def _size(path: Path) -> str:
     from onnxlathe.compiler.report import format_bytes
 
-    data = [file for file in path.parent.glob(f"{path.name}.*data") if file.is_file()]
-    return format_bytes(sum(file.stat().st_size for file in [path, *data]))
+    files = path.rglob("*") if path.is_dir() else [path, *path.parent.glob(f"{path.name}.*data")]
+    return format_bytes(sum(file.stat().st_size for file in files if file.is_file()))

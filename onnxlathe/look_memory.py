@@ -16,8 +16,9 @@ from onnxlathe.compiler.memory_plan import MemoryPlan, c_header, read_plans
 from onnxlathe.compiler.report import format_bytes
 from onnxlathe.passes.memory.memory_picture import plan_svg
 from onnxlathe.passes.memory.plan_memory import plan_model
-from onnxlathe.runtime.artifact import load, write_atomically
+from onnxlathe.runtime.artifact import load
 from onnxlathe.runtime.errors import PlanError
+from onnxlathe.runtime.files import write_atomically
 
 _KINDS: dict[str, Callable[[Sequence[MemoryPlan]], str]] = {
     ".svg": lambda plans: plan_svg(plans[0]),

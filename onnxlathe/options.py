@@ -13,7 +13,8 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="the .onnx file to 
 OptionalOutput = Annotated[
     Path | None, typer.Option("-o", "--output", help="the .onnx file to write; with --goal default: MODEL.GOAL.onnx")
 ]
-Device = Annotated[str, typer.Option("--target", "--for", help="cpu, cuda or auto")]
+Device = Annotated[str, typer.Option("--target", help="cpu, cuda or auto")]
+Target = Annotated[str, typer.Option("--target", "--for", help="cpu, cuda, auto; or web, mobile: as cpu, and checked")]
 Threads = Annotated[int, typer.Option(min=0, help="intra-op threads, 0 for ONNX Runtime's default")]
 Samples = Annotated[
     Path | None, typer.Option("--samples", help=".npz file (input name -> array) or a folder of them; else made")

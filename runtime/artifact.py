@@ -34,12 +34,15 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from .errors import ModelError
+from .files import writing
+from .untrusted import check_config, check_proto
 
 VERSION_KEY = "onnxlathe.version"
 REPORT_KEY = "onnxlathe.report"
 CONFIG_KEY = "onnxlathe.ort_config"
 ORT_KEY = "ort_config"
 MAX_LENGTH_KEY = "onnxlathe.max_length"
+_LARGEST_PROTO = 2**31 - 1
 _SINGLE_FILE_LIMIT = 2_000_000_000  # protobuf's limit is 2^31 - 1 bytes, graph included
 _LEVELS = {"disable": 0, "basic": 1, "extended": 2, "all": 99}
 
@@ -56,20 +59,25 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"There is no file {file}.", "Check the path.")
     if file.stat().st_size == 0:
         raise ModelError(f"{file} is empty.", "Export or download the model again.")
+    compressed = is_compressed(file)
     try:
-        model = _load_compressed(file) if is_compressed(file) else ir.load(file)
+        proto = _decompressed(file) if compressed else onnx.load(file, load_external_data=False)
+        check_proto(proto, str(file), None if compressed else file.parent)
+        model = ir.from_proto(proto)
+    except ModelError:
+        raise
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ModelError(f"{file} is not a gzip file, or is truncated ({_short(error)}).", "Copy it again.") from error
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
-    except (DecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # parsers of several formats, each with errors of its own
         raise ModelError(
             f"{file} is not an ONNX model, or is truncated ({_short(error)}).",
             "Export or download it again; other formats (.pt, .safetensors, .tflite) must be exported first.",
         ) from error
     if not list(model.graph.outputs):
         raise ModelError(f"{file} is not an ONNX model: its graph has no outputs.", "Export or download it again.")
-    _check_external(model, file)
+    ir.external_data.set_base_dir(model.graph, os.path.dirname(file))  # noqa: PTH120  as onnx_ir itself: "" for "."
     return model
 
 
@@ -78,16 +86,12 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix == ".gz"
 
 
-def _load_compressed(file: Path) -> ir.Model:
-    model = ir.from_proto(onnx.load_model_from_string(gzip.decompress(file.read_bytes())))
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                raise ModelError(
-                    f"{file}: the initializer {value.name!r} lies in another file ({value.const_value.location}).",
-                    "Decompress the model beside that file.",
-                )
-    return model
+def _decompressed(file: Path) -> onnx.ModelProto:
+    with gzip.open(file) as content:
+        data = content.read(_LARGEST_PROTO + 1)
+    if len(data) > _LARGEST_PROTO:
+        raise ModelError(f"{file} holds more than 2 GB.", "A model of that size keeps its weights in a file beside it.")
+    return onnx.load_model_from_string(data)
 
 
 def save(
@@ -110,8 +114,6 @@ def save(
         ModelError: the folder does not exist or cannot be written, or the model is too large for one file.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ModelError(f"The folder {target.parent} does not exist.", "Create it first.")
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if is_compressed(target):
@@ -123,17 +125,13 @@ def save(
     if not external_data and total >= _SINGLE_FILE_LIMIT:
         remedy = "Save to .onnx." if is_compressed(target) else "Use external_data=True."
         raise ModelError(f"{total} bytes of weights do not fit in one file.", remedy)
-    old_data = _data_files(target) if target.exists() else set[Path]()
-    try:
+    with writing(target):
+        old_data = _data_files(target) if target.exists() else set[Path]()
         with (
             _stored(model, metadata or {}),
             tempfile.TemporaryDirectory(dir=target.parent, prefix=".onnxlathe-") as folder,
         ):
             name = _write(model, Path(folder), target, external_data)
-    except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written: {error.strerror or error}.", "Check permissions and free space."
-        ) from error
     for stale in old_data - {target.parent / name}:
         if stale.name.startswith(f"{target.name}."):  # ours, and only the replaced file referred to it
             stale.unlink(missing_ok=True)
@@ -179,28 +177,18 @@ def config_metadata(ort_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The session options stored in an artifact's metadata; empty for a model of others."""
-    return json.loads(metadata.get(CONFIG_KEY, "{}"))
+    """The session options stored in an artifact's metadata; empty for a model of others.
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes to a temporary file beside ``path``, then renames it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.close()
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    Raises:
+        ModelError: they cannot be read, or ask for what a file may not ask for.
+    """
+    try:
+        config = json.loads(metadata.get(CONFIG_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"The session options stored in the model are no JSON ({_short(error)}).", "Compile it again."
+        ) from error
+    return check_config(config)
 
 
 @contextlib.contextmanager
@@ -229,34 +217,6 @@ def _in_memory(model: ir.Model) -> Generator[None]:
     finally:
         for value, tensor in changed:
             value.const_value = tensor
-
-
-def _check_external(model: ir.Model, file: Path) -> None:
-    root = file.parent.resolve()
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            location = Path(tensor.location)
-            data = (root / location).resolve()
-            if location.is_absolute() or not data.is_relative_to(root):
-                raise ModelError(
-                    f"{file}: the initializer {value.name!r} points outside the model's folder ({tensor.location}).",
-                    "Refused for safety; save the model with its data file beside it.",
-                )
-            if not data.is_file():
-                raise ModelError(
-                    f"{file}: the external data file {tensor.location} of initializer {value.name!r} is missing.",
-                    f"Put it into {root}.",
-                )
-            end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-            if data.stat().st_size < end:
-                raise ModelError(
-                    f"{data} is truncated: initializer {value.name!r} ends at byte {end}, the file has "
-                    f"{data.stat().st_size}.",
-                    "Copy or download it again.",
-                )
 
 
 def _data_files(path: Path) -> set[Path]:

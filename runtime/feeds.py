@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
 
 _DEFAULT_DIM = 16
+_LARGEST_SAMPLE = 8 << 30  # bytes; a bomb of a few MB would fill the memory
 _TOTAL = re.compile(r"total|kv_seq|past_sequence_length *\+|past.*\+.*seq", re.IGNORECASE)
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
 
@@ -78,8 +79,13 @@ def _read(file: Path) -> Feeds:
         raise ModelError(f"{file} is not an .npz file, or is truncated.", "Write it with numpy.savez.")
     try:
         with np.load(file, allow_pickle=False) as archive:
+            size = sum(item.file_size for item in archive.zip.infolist())
+            if size > _LARGEST_SAMPLE:
+                raise ModelError(f"{file} unpacks to {size} bytes.", "One sample may have 8 GB; split it.")
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy have a dozen ways to say that a file is damaged
         raise ModelError(f"{file} cannot be read: {error}.", "Write it again with numpy.savez.") from error
 
 
@@ -165,6 +171,11 @@ def _make(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator, lim
             "Give samples (calibration=...).",
         )
     dtype = value.dtype.numpy()
+    if math.prod(shape) * dtype.itemsize > _LARGEST_SAMPLE:
+        raise ModelError(
+            f"Sample data for input {value.name!r} of shape {list(shape)} would take more than 8 GB.",
+            "Give samples (calibration=...).",
+        )
     if "mask" in name:
         mask = np.ones(shape, dtype)
         if padded and mask.ndim == 2 and shape[0] > 1 and shape[1] > 2:

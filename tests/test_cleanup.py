@@ -228,3 +228,22 @@ def test_growth_is_linear() -> None:
 
     seconds(100)
     assert seconds(5000) < 20 * max(seconds(500), 0.01)
+
+
+def test_what_only_a_dead_body_reads_is_dead_too() -> None:
+    """In one run: the nodes in the branches of an If that goes no longer count as readers."""
+    body = """c = Neg(x) i = If (go) <then_branch = t () => (float[4, 6] r) { r = Abs(c) },
+    else_branch = e () => (float[4, 6] q) { q = Exp(c) }> y = Relu(x)"""
+    after, _ = rewrite(Cleanup(), build(body, "float[4, 6] x, bool[1] go"))
+    assert ops(after) == {"Relu": 1}
+
+
+def test_the_type_of_an_output_survives_its_no_op() -> None:
+    """onnx's shape inference does not know what a contrib operator makes; the output that is declared does."""
+    model = build("s = com.microsoft.QuickGelu(x) y = Identity(s)", outputs="float[4, 6] y")
+    for node in model.graph:
+        if node.op_type == "QuickGelu":
+            node.outputs[0].type = None
+    model.opset_imports["com.microsoft"] = 1
+    outcome = Cleanup()(model, PassContext())
+    assert outcome.counts == {"no-op Identity": 1} and model.graph.outputs[0].dtype == ir.DataType.FLOAT

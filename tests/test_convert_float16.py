@@ -94,3 +94,13 @@ def test_a_masked_encoder_stays_finite() -> None:
     out = lathe.compile(fused, [ConvertFloat16(), "cleanup"], calibration=feeds, progress=False)
     assert out.report.error is not None and out.report.error < 0.02
     assert out.report.weight_bytes[1] < 0.6 * out.report.weight_bytes[0]
+
+
+def test_values_of_unknown_type_stay() -> None:
+    """onnx's shape inference does not know contrib operators; what reads their results would get half precision."""
+    model = build("s = com.microsoft.QuickGelu(x) y = Erf(s)")
+    for node in model.graph:
+        if node.op_type == "QuickGelu":
+            node.outputs[0].type = None
+    outcome = ConvertFloat16()(model, PassContext())
+    assert not outcome.changed and any("types of its operands" in item.reason for item in outcome.refusals)

@@ -152,3 +152,7 @@ def test_external_data(tmp_path: Path) -> None:
     after, _ = rewrite(FuseLinear(), model, nested=False)
     assert ops(after) == {"MatMul": 2}
     assert isinstance(after.graph.initializers["w"].const_value, ir.ExternalTensor), "not touched, so not loaded"
+
+
+def test_dead_nodes_are_not_its_business() -> None:
+    refused(FuseLinear(), build("dead = Relu(x) y = Tanh(x)"))

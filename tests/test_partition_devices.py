@@ -161,3 +161,12 @@ def test_the_table_knows_types() -> None:
       y = Relu(x) c = Hardmax(x) e = com.microsoft.Gelu(x) f = com.microsoft.DynamicQuantizeMatMul(x) d = ArgMax(i) }"""
     found = {node.op_type: has_cuda_kernel(node) for node in ir.from_onnx_text(text).graph}
     assert found == {"Relu": True, "Hardmax": False, "Gelu": True, "DynamicQuantizeMatMul": False, "ArgMax": False}
+
+
+def test_operators_that_onnxruntime_replaces_by_their_bodies() -> None:
+    """CastLike is a function: it is not in the profile, and its result stays in its part."""
+    text = """<ir_version: 11, opset_import: ["" : 20]> g (float[4, 8] x, float16[1] h) => (float16[4, 8] y)
+    { a = Exp(x) b = CastLike(a, h) y = Relu(b) }"""
+    step = PartitionDevices(machines={"cuda": (1e12, 1e11, 5e-6)}, cost="roofline")
+    _, outcome = rewrite(step, from_text(text), nested=False)
+    assert outcome.changed

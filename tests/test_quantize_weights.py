@@ -365,3 +365,14 @@ def test_quality_on_stories260k() -> None:
     assert increase["gptq"] <= 0.045
     assert increase["gptq"] < 0.65 * increase["rtn"]
     assert abs(increase["w8"]) <= 0.001
+
+
+@pytest.mark.parametrize("form", ["operator", "qdq"])
+def test_a_product_that_reads_another_product(form: Any) -> None:
+    """The first is replaced before the second: what the second reads is then the new one's result."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((96, 96)).astype(np.float32) for name in ("v", "w")}
+    body = "h = MatMul(x, v) m = MatMul(h, w) y = Add(m, h)"
+    model = single(body, outputs="float[b, s, 96] y", **arrays)
+    _, outcome = rewrite(plain(form=form, bits=8), model, tolerance=0.05)
+    assert outcome.counts == {"8-bit products": 2}

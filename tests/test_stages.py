@@ -146,7 +146,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         lathe.save_stages(small(), tmp_path / "s")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
-    with pytest.raises(ModelError, match="holds no divided model"):
+    with pytest.raises(ModelError, match="is not a divided model"):
         staged(small(), tmp_path / "mine", 2)
     folder = staged(small(), tmp_path / "s", 2)
     with pytest.raises(ModelError, match="cannot generate"):

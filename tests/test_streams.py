@@ -100,3 +100,15 @@ def test_weights_replaced_later_are_let_go() -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_ends_that_no_later_stage_reads_are_kept() -> None:
+    """Two inputs of the model, and two outputs of one node, as stages: nothing else keeps the second of each."""
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, 4] x, float[n, 4] z) => (float[n, 4] y)
+    { a, b = Split<axis=1, num_outputs=2>(x) s = Neg(b) y = Concat<axis=1>(a, s) }"""
+    model = from_text(text)
+    feeds = [{"x": np.arange(4, dtype=np.float32)[None], "z": np.ones((1, 4), np.float32)}]
+    stages = [*model.graph.inputs, *values(model, "a", "b")]
+    stream = Stream(model, stages, feeds, 1 << 20)
+    found = [next(iter(stream.advance(number))).tolist() for number in range(4)]
+    assert found == [[[0, 1, 2, 3]], [[1, 1, 1, 1]], [[0, 1]], [[2, 3]]]

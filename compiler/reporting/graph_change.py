@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import networkx
 import onnx_ir as ir
@@ -27,24 +27,22 @@ class Place:
 def places(match: Matching) -> list[Place]:
     """The nodes without a partner, put together.
 
-    A node belongs to the result that alone needs it, on each side. Two results are one place where the same pair of
-    nodes reads them at the same input, where they have one name (a pass leaves its result the name of the old one), or
-    where the metadata of the new nodes says what they come from.
+    A node belongs to the result that alone needs it, on each side; but an old node that is inside of what makes a
+    result belongs to the new nodes whose metadata name it, if those are in one place. Two results are one place where
+    the same pair of nodes reads them at the same input, where they have one name (a pass leaves its result the name of
+    the old one), or, where neither is so, if the metadata of the new nodes names the old.
     """
     owners = _owners(match.removed, match, new=False), _owners(match.added, match, new=True)
+    links = [(old, new) for old, new in _links(match) if old in owners[0] and new in owners[1]]
+    linked = {owners[1][new] for _, new in links}
+    for old, heirs in _heirs(match, owners[1]).items():
+        inside = owners[0][old] is not old
+        if len(heirs) == 1 and (inside or not heirs & linked):
+            owners[0][old] = old
+            links += [(old, heir) for heir in heirs]
     together: networkx.Graph[ir.Node] = networkx.Graph()
     together.add_nodes_from(owner for side in owners for owner in side.values())
-    for old, new in _links(match):
-        if old in owners[0] and new in owners[1]:
-            together.add_edge(owners[0][old], owners[1][new])
-    origins = {f"{node.op_type}:{node.name}": node for node in match.removed}
-    for node in match.added:
-        owner = owners[1][node]
-        if together.degree[owner]:
-            continue
-        for origin in node.metadata_props.get(FROM_KEY, "").split(", "):
-            if origin in origins:
-                together.add_edge(owners[0][origins[origin]], owner)
+    together.add_edges_from((owners[0][old], owners[1][new]) for old, new in links)
     number = {node: n for n, group in enumerate(networkx.connected_components(together)) for node in group}
     found: dict[int, Place] = defaultdict(Place)
     for node in match.removed:
@@ -92,6 +90,17 @@ def _owners(nodes: Sequence[ir.Node], match: Matching, *, new: bool) -> dict[ir.
         alone = not wanted and left.issuperset(readers) and len(above) == 1
         owners[node] = (above.pop() if alone else None) or node
     return owners
+
+
+def _heirs(match: Matching, owners: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, set[ir.Node]]:
+    """Old nodes that the metadata of new ones name, with the owners of those."""
+    named = {f"{node.op_type}:{node.name}": node for node in match.removed}
+    heirs: dict[ir.Node, set[ir.Node]] = defaultdict(set)
+    for node in match.added:
+        for origin in node.metadata_props.get(FROM_KEY, "").split(", "):
+            if origin in named:
+                heirs[named[origin]].add(owners[node])
+    return heirs
 
 
 def _links(match: Matching) -> Iterator[tuple[ir.Node | None, ir.Node | None]]:

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from ..graph import all_nodes, qualified_op
 
 _ROUNDS = 20  # each finds more from what the one before found
-_STEPS = 2  # how far around a node rule 4 looks
 _SMALL = 1024  # bytes up to which tensors are compared by their content at once
 T = TypeVar("T", bound=Hashable)
 
@@ -40,12 +39,13 @@ class Matching:
         old, new = list(all_nodes(before)), list(all_nodes(after))
         contents = _Contents(before, after)
         self._kinds = {node: _kind(node, contents) for node in (*old, *new)}
+        self._fed = {node: [contents.fed(value) for value in node.inputs] for node in (*old, *new)}
         self._new: deque[tuple[ir.Node, ir.Node]] = deque()
         self._by_weights(old, new, contents)
         self._by_boundary(before, after)
         self._spread()
         for _ in range(_ROUNDS):
-            if not (self._by_surroundings(old, new) or self._by_surroundings(old, new, in_order=True)):
+            if not self._by_surroundings(old, new):
                 break
         self._by_names(old, new)
         self.removed = [node for node in old if node not in self.pairs]
@@ -54,6 +54,8 @@ class Matching:
     def _pair(self, a: ir.Node | None, b: ir.Node | None) -> None:
         if a is None or b is None or a in self.pairs or b in self.matched or self._kinds[a] != self._kinds[b]:
             return
+        if any(x != y for x, y in zip(self._fed[a], self._fed[b], strict=True) if x is not None and y is not None):
+            return  # they read two inputs of the model
         self.pairs[a] = b
         self.matched[b] = a
         self._new.append((a, b))
@@ -101,24 +103,28 @@ class Matching:
             self._pair(node, made.get(node.outputs[0].name))
         self._spread()
 
-    def _by_surroundings(self, old: Sequence[ir.Node], new: Sequence[ir.Node], *, in_order: bool = False) -> bool:
-        """Rule 4, and whether it found anything."""
-        known = len(self.pairs)
+    def _by_surroundings(self, old: Sequence[ir.Node], new: Sequence[ir.Node]) -> bool:
+        """Rule 4, looking two nodes far, then one, then taking in order what is alike; whether it found anything."""
         left = [n for n in old if n not in self.pairs], [n for n in new if n not in self.matched]
-        colors: dict[ir.Node, Hashable] = {node: self._kinds[node] for side in left for node in side}
+        colors: dict[ir.Node, Hashable] = {}
         for number, (a, b) in enumerate(self.pairs.items()):
             colors[a] = colors[b] = number
-        for _ in range(_STEPS):
-            refined = {node: hash((colors[node], _around(node, colors))) for side in left for node in side}
-            colors.update(refined)
-        ours, theirs = (_groups(side, colors.__getitem__) for side in left)
-        for color, nodes in ours.items():
-            others = theirs.get(color, [])
-            if len(nodes) == len(others) and (in_order or len(nodes) == 1):
-                for a, b in zip(nodes, others, strict=True):
-                    self._pair(a, b)
-        self._spread()
-        return len(self.pairs) > known
+        colors.update((node, hash((self._kinds[node], *self._fed[node]))) for side in left for node in side)
+        near = {node: hash((colors[node], _around(node, colors))) for side in left for node in side}
+        colors.update(near)
+        far = {node: hash((colors[node], _around(node, colors))) for side in left for node in side}
+        known = len(self.pairs)
+        for color, in_order in ((far, False), (near, False), (far, True)):
+            ours, theirs = (_groups(side, color.__getitem__) for side in left)
+            for key, nodes in ours.items():
+                others = theirs.get(key, [])
+                if len(nodes) == len(others) and (in_order or len(nodes) == 1):
+                    for a, b in zip(nodes, others, strict=True):
+                        self._pair(a, b)
+            self._spread()
+            if len(self.pairs) > known:
+                return True
+        return False
 
 
 class _Contents:
@@ -139,15 +145,17 @@ class _Contents:
                 self._keys[identity] = (form, _digest(tensor) if read else identity)
 
     def source(self, value: ir.Value | None) -> Hashable:
-        """Where an input of a node comes from: the same for equal constants and for the same input of the model."""
+        """What an input of a node is: the same for equal constants, and for all that is computed or fed."""
         if value is None:
             return "nothing"
-        if value.producer() is not None:
-            return "computed"
-        if value.is_graph_input() and value.graph is not None:
-            return "fed", value.name if value.graph in self._main else value.graph.inputs.index(value)
         tensor = _stored(value)
         return None if tensor is None else self._keys[id(tensor)]
+
+    def fed(self, value: ir.Value | None) -> Hashable:
+        """Which input of the model or of its body ``value`` is, None if it is none."""
+        if value is None or not value.is_graph_input() or value.graph is None:
+            return None
+        return value.name if value.graph in self._main else value.graph.inputs.index(value)
 
     def has_weight(self, node: ir.Node) -> bool:
         """Whether a constant of ``node`` is large enough to know it by."""

@@ -6,13 +6,13 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 
 from ...runtime.errors import LatheError
 from ..base import Refusal
 from ..report import PassRecord, Report, format_bytes
-from .pictures import bits_class, error_chart, type_strip
+from .pictures import bits_class, error_chart, search_chart, weight_map
 from .records import Weights
 
 _HERE = Path(__file__).parent
@@ -67,7 +67,7 @@ def render(report: Report) -> str:
     except ImportError as error:
         raise LatheError("The report page needs jinja2.", 'Install it with: pip install "onnxlathe[report]"') from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "bytes": format_bytes,
         "change": _change,
         "share": _share,
@@ -75,10 +75,12 @@ def render(report: Report) -> str:
         "seconds": _seconds,
         "times": _times,
         "error": _error,
+        "relative": _relative,
         "decibel": _decibel,
         "name": _name,
         "plural": _plural,
     }
+    environment.filters.update(filters)
     template = environment.from_string((_HERE / "page.html.j2").read_text(encoding="utf-8"))
     refused = _by_rule(report.passes)
     return template.render(
@@ -94,7 +96,8 @@ def render(report: Report) -> str:
         nodes=(sum(report.ops_before.values()), sum(report.ops_after.values())),
         ops_changed=_changed_ops(report),
         types=_types(report.weights),
-        strip=type_strip(report.weights) if report.weights else "",
+        weight_map=weight_map(report.weights) if report.weights else "",
+        tried=search_chart(report.search) if report.search else "",
         chart=error_chart(report.analysis["layers"]) if report.analysis else "",
     )
 
@@ -131,13 +134,11 @@ def _changed_ops(report: Report) -> list[tuple[str, int, int]]:
     return sorted((item for item in counts if item[1] != item[2]), key=lambda item: (-abs(item[2] - item[1]), item[0]))
 
 
-def _types(weights: Weights | None) -> dict[str, list[str]]:
-    """Element types by the class of their color, those with most bytes first."""
-    found: dict[str, list[str]] = defaultdict(list)
-    sides = weights.bytes_by_type if weights else ({}, {})
-    for kind in sorted({**sides[0], **sides[1]}, key=lambda kind: -max(side.get(kind, 0) for side in sides)):
-        found[bits_class(kind)].append(kind)
-    return found
+def _types(weights: Weights | None) -> list[tuple[str, str, int, int]]:
+    """Element types with the class of their color and their bytes before and after, those with most bytes first."""
+    before, after = weights.bytes_by_type if weights else ({}, {})
+    found = [(bits_class(kind), kind, before.get(kind, 0), after.get(kind, 0)) for kind in {**before, **after}]
+    return sorted(found, key=lambda item: -max(item[2:]))
 
 
 def _share(part: float, whole: float) -> str:
@@ -157,6 +158,13 @@ def _percent(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.1%}" if value < 0.9995 else "100%"
+
+
+def _relative(value: float) -> str:
+    """An error for people: ``4.9 %``, or ``equal`` up to what rounding makes."""
+    if value <= 1e-5:
+        return "equal"
+    return f"{100 * value:.2g} %" if value < 10 else f"{100 * value:.0f} %"
 
 
 def _seconds(value: float) -> str:

@@ -14,12 +14,12 @@ from ...runtime.node_profile import profile_in_turns
 from ..analyze import analyze
 from ..base import Feeds, PassContext
 from ..gate import shape_of
+from ..padding import without_padding
 from ..report import Report
 from ..variants import is_quantized
 from .records import Latency, NodeTime
 
 _SHOWN = 20
-_RUNS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Side:
 def profile(report: Report, before: Side, after: Side, context: PassContext) -> None:
     """Adds to ``report`` the time of each operator, for each sample, and the errors of quantized layers.
 
-    Layers are compared with ``context.reference``, the last graph in which nothing was quantized.
+    Layers are compared with ``context.reference``, the last graph in which nothing was quantized, where samples have no
+    padding: what is computed there is arbitrary.
 
     Raises:
         ModelError: a model does not run on its samples.
@@ -50,10 +51,9 @@ def profile(report: Report, before: Side, after: Side, context: PassContext) -> 
         report.latency.append(_latency(before, after, old, new, context))
     if not is_quantized(after.model) or context.reference is None or is_quantized(context.reference):
         return
+    samples = [without_padding(sample) for sample in after.samples]
     try:
-        found = analyze(
-            context.reference, after.model, after.samples, threads=context.threads, progress=context.progress
-        )
+        found = analyze(context.reference, after.model, samples, threads=context.threads, progress=context.progress)
         report.analysis = found.to_dict()
     except ModelError as error:
         report.notes.append(f"the quantized layers were not compared: {error.what}")
@@ -67,14 +67,13 @@ def _latency(before: Side, after: Side, old: Feeds, new: Feeds, context: PassCon
         [old, new],
         device=context.device,
         threads=context.threads,
-        runs=_RUNS,
     )
     total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for index, side in enumerate(sides):
         for (_, op), seconds in side.items():
             total[op][index] += seconds
     ops = {op: (a, b) for op, (a, b) in sorted(total.items(), key=lambda item: -max(item[1]))}
-    return Latency(shape_of(old), _RUNS, ops, (_slowest(sides[0]), _slowest(sides[1])))
+    return Latency(shape_of(old), ops, (_slowest(sides[0]), _slowest(sides[1])))
 
 
 def _slowest(side: Mapping[tuple[str, str], float]) -> list[NodeTime]:

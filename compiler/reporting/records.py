@@ -46,7 +46,8 @@ class GraphChange:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> GraphChange:
         """The inverse of ``dataclasses.asdict``."""
-        return cls(**{**data, "replacements": [Replacement(**item) for item in data["replacements"]]})
+        values: dict[str, Any] = {**data, "replacements": [Replacement(**item) for item in data["replacements"]]}
+        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ class WeightChange:
         op: the operator that reads it.
         shape: its shape before, or after where it is new.
         types: its element type before and after, ``int4`` for packed ones; "" where there is none.
-        bits: bits of an element, scales and zero points included; 0 where it went.
-        zeros: share of zeros among its elements, None where that is unknown.
+        elements: how many numbers the matrices have, before and after; scales, zero points and biases are not counted.
+        zeros: share of zeros among those after, None where that is unknown.
         bytes_before, bytes_after: of all of them.
     """
 
@@ -67,10 +68,26 @@ class WeightChange:
     op: str
     shape: list[int]
     types: tuple[str, str]
-    bits: float
+    elements: tuple[int, int]
     zeros: float | None
     bytes_before: int
     bytes_after: int
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> WeightChange:
+        """The inverse of ``dataclasses.asdict``."""
+        values: dict[str, Any] = {**data, "types": tuple(data["types"]), "elements": tuple(data["elements"])}
+        return cls(**values)
+
+    @property
+    def bits_before(self) -> float:
+        """Bits of an element before, with its share of scales and biases."""
+        return 8 * self.bytes_before / max(self.elements[0], 1)
+
+    @property
+    def bits_after(self) -> float:
+        """Bits of an element after, with its share of scales, zero points and biases."""
+        return 8 * self.bytes_after / max(self.elements[1], 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +107,7 @@ class Weights:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Weights:
         """The inverse of ``dataclasses.asdict``."""
-        changes = [WeightChange(**{**item, "types": tuple(item["types"])}) for item in data["changes"]]
+        changes = [WeightChange.from_dict(item) for item in data["changes"]]
         before, after = data["bytes_by_type"]
         count, old, new = data["more"]
         return cls(changes, (count, old, new), (before, after))
@@ -117,13 +134,11 @@ class Latency:
 
     Attributes:
         sample: shape of the sample.
-        runs: runs of each side.
         ops: operator -> seconds before and after.
         nodes: the slowest nodes of each side.
     """
 
     sample: str
-    runs: int
     ops: dict[str, tuple[float, float]]
     nodes: tuple[list[NodeTime], list[NodeTime]]
 
@@ -132,4 +147,4 @@ class Latency:
         """The inverse of ``dataclasses.asdict``."""
         before, after = ([NodeTime(**item) for item in side] for side in data["nodes"])
         ops = {op: (old, new) for op, (old, new) in data["ops"].items()}
-        return cls(data["sample"], data["runs"], ops, (before, after))
+        return cls(data["sample"], ops, (before, after))

@@ -62,14 +62,12 @@ def _change(old: Sequence[tuple[ir.Value, ir.Node]], new: Sequence[tuple[ir.Valu
     main, reader = new[0] if new else old[0]
     first, first_reader = old[0] if old else new[0]
     bytes_before, bytes_after = (sum(_bytes(value) for value, _ in side) for side in (old, new))
-    matrices = [item for item in old or new if len(_tensor(item[0]).shape) > 1]  # scales and biases come on top
-    elements = sum(_elements(value, node) for value, node in matrices or old or new)
     return WeightChange(
         name=main.name or "",
         op=qualified_op(reader),
         shape=[int(dim) for dim in _tensor(first).shape.numpy()],
         types=(_type(first, first_reader) if old else "", _type(main, reader) if new else ""),
-        bits=8 * bytes_after / max(elements, 1),
+        elements=(_elements(old), _elements(new)),
         zeros=_zeros(main, reader) if new else None,
         bytes_before=bytes_before,
         bytes_after=bytes_after,
@@ -91,9 +89,16 @@ def _bits(value: ir.Value, reader: ir.Node) -> int | None:
     return int(attribute(reader, "bits", 4)) if packed else None
 
 
-def _elements(value: ir.Value, reader: ir.Node) -> int:
-    bits = _bits(value, reader)
-    return _tensor(value).size * 8 // bits if bits else _tensor(value).size
+def _elements(side: Sequence[tuple[ir.Value, ir.Node]]) -> int:
+    """Numbers in the matrices; where there are none, in all."""
+    matrices = [item for item in side if _is_matrix(*item)]
+    return sum(_tensor(value).size * 8 // (_bits(value, node) or 8) for value, node in matrices or side)
+
+
+def _is_matrix(value: ir.Value, reader: ir.Node) -> bool:
+    """Whether it is what a node multiplies with or looks up in, and not scales, zero points or a bias."""
+    places = (0,) if reader.op_type in ("QuantizeLinear", "DequantizeLinear") else (0, 1)
+    return len(_tensor(value).shape) > 1 and reader.inputs.index(value) in places
 
 
 def _type(value: ir.Value, reader: ir.Node) -> str:
@@ -111,7 +116,7 @@ def _zeros(value: ir.Value, reader: ir.Node) -> float | None:
         return _shifted_zeros(tensor.numpy(), value, reader)
     if (tensor.dtype.is_integer() and tensor.dtype.bitwidth > 8) or not tensor.dtype.is_signed():
         return None  # indices, shapes, masks
-    return 1 - np.count_nonzero(tensor.numpy()) / tensor.size
+    return 1 - int(np.count_nonzero(tensor.numpy())) / tensor.size
 
 
 def _packed_zeros(packed: np.ndarray, bits: int, reader: ir.Node) -> float | None:

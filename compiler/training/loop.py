@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...runtime.artifact import write_atomically
 from ...runtime.errors import ModelError, PassError
+from ...runtime.files import write_atomically
 
 _WARM = 0.05
 """Part of the steps in which the learning rate rises."""

@@ -64,7 +64,8 @@ class FuseLinear(Pass):
         for node in all_nodes(model):
             if is_op(node, "Add"):
                 self._two_biases(node, names, outcome)
-        remove_dead(model)  # what was merged no longer counts as a reader
+        if outcome.changed:
+            remove_dead(model)  # what was merged no longer counts as a reader
         for node in all_nodes(model):
             if is_op(node, "Add"):
                 self._gemm(node, names, outcome)

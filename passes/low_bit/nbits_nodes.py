@@ -108,7 +108,7 @@ class Writer:
     def _product(self, weight: Weight, coded: Coded, linear: Linear, stored: list[ir.Value | None]) -> ir.Node:
         grid, old = coded.grid, linear.node
         sizes = {"K": weight.inputs, "N": weight.outputs, "bits": grid.bits, "block_size": grid.block_size}
-        operands = [linear.x, *stored, None, linear.bias]
+        operands = [old.inputs[0], *stored, None, _bias(old)]
         while operands[-1] is None:
             operands.pop()
         new = make_node(
@@ -208,7 +208,8 @@ class Writer:
             shape=[weight.inputs, weight.outputs],
             attributes={"axis": 0, "block_size": coded.grid.block_size},
         )
-        operands = [linear.x, dequantize.outputs[0], *([linear.bias] if linear.bias is not None else [])]
+        bias = _bias(old)
+        operands = [old.inputs[0], dequantize.outputs[0], *([bias] if bias is not None else [])]
         output = self._names.fresh(f"{old.outputs[0].name}_q{coded.grid.bits}")
         attributes = {key: attribute(old, key) for key in old.attributes if key != "transB"}
         product = make_node(
@@ -221,6 +222,11 @@ class Writer:
         )
         replace(old, [dequantize, product], by=self._by)
         return product
+
+
+def _bias(product: ir.Node) -> ir.Value | None:
+    """The bias of a Gemm, as it is now: the product that made it may have been replaced before this one."""
+    return product.inputs[2] if is_op(product, "Gemm") and len(product.inputs) > 2 else None
 
 
 def drop_unused(value: ir.Value) -> None:

@@ -93,7 +93,7 @@ class Stream:
         """Runs the graph up to ``stages[stage]`` and yields that value for each sample."""
         end = self._stages[stage]
         fresh = ancestors([end], self._done)
-        live = self._frontier(self._done | fresh, end)
+        live = self._frontier(self._done | fresh, stage)
         outputs = [value for value in live if value.producer() in fresh]
         read = {value for node in fresh for value in reads(node)}
         inputs = [value for value in self._live if value in read]
@@ -109,12 +109,12 @@ class Stream:
         """A value that was made before the stage reached, and that a later stage needs, of one sample."""
         return self._store.get(sample, value.name or "")
 
-    def _frontier(self, done: set[ir.Node], end: ir.Value) -> list[ir.Value]:
-        """What is there after ``done`` and read by later stages, and ``end`` itself."""
+    def _frontier(self, done: set[ir.Node], stage: int) -> list[ir.Value]:
+        """What is there after ``done`` and read by later stages, and the ends of ``stage`` and later ones."""
         values = [value for value in self._model.graph.inputs if not value.is_initializer()]
         values += [value for node in self._model.graph if node in done for value in node.outputs]
-        read = {value for node in self._needed - done for value in reads(node)}
-        return [value for value in values if value is end or value in read]
+        wanted = {value for node in self._needed - done for value in reads(node)} | set(self._stages[stage:])
+        return [value for value in values if value in wanted]
 
     def _run(self, inputs: list[ir.Value], outputs: list[ir.Value]) -> None:
         part = ir.Model(

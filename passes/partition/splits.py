@@ -6,9 +6,16 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from .sharder import Sharder
 
 Ranges = tuple[tuple[int, int], ...]
+Sources = frozenset[ir.Node]
+"""Products whose columns a division comes from."""
 
 
 class CannotSplit(Exception):
@@ -51,6 +58,11 @@ class Split:
         flat = [piece for ranges in self.ranges for piece in ranges]
         return self.outer == 1 and all(a[1] == b[0] for a, b in itertools.pairwise(flat))
 
+    @property
+    def even(self) -> bool:
+        """Whether all ranks have as much, of each piece."""
+        return len({tuple(stop - start for start, stop in ranges) for ranges in self.ranges}) == 1
+
     def on(self, axis: int) -> Split:
         """The same division of another axis."""
         return dataclasses.replace(self, axis=axis)
@@ -67,6 +79,13 @@ class Split:
         ranges = tuple(tuple((a // factor, b // factor) for a, b in pieces) for pieces in self.ranges)
         return Split(self.axis, ranges, self.total // factor, self.outer)
 
+    def blocks(self, size: int) -> Split | None:
+        """Of the blocks of ``size`` places, the last perhaps smaller; None where two ranks have parts of one."""
+        if any(place % size and place != self.total for pieces in self.ranges for piece in pieces for place in piece):
+            return None
+        ranges = tuple(tuple((a // size, -(-b // size)) for a, b in pieces) for pieces in self.ranges)
+        return Split(self.axis, ranges, -(-self.total // size), self.outer)
+
     def within(self, start: int, stop: int) -> Split | None:
         """Of the places [start, stop) taken out; None where a rank has none of them."""
         found: list[Ranges] = []
@@ -81,14 +100,16 @@ class Split:
         return {"axis": self.axis, "ranges": ranges, "total": self.total, "outer": self.outer}
 
 
-def divide(axis: int, pieces: Sequence[int], ranks: int) -> Split:
-    """Each of ``pieces`` divided over ``ranks`` as evenly as whole places go: a rank has a part of every piece."""
+def divide(axis: int, pieces: Sequence[int], ranks: int, unit: int = 1) -> Split:
+    """Each of ``pieces`` divided over ``ranks`` as evenly as whole units go: a rank has a part of every piece."""
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     start = 0
     for size in pieces:
-        if size < ranks:
-            raise CannotSplit(f"{size} columns cannot be divided over {ranks} ranks")
-        bounds = [start + size * rank // ranks for rank in range(ranks + 1)]
+        units = -(-size // unit)
+        if units < ranks:
+            what = "columns" if unit == 1 else f"columns in blocks of {unit}"
+            raise CannotSplit(f"{size} {what} cannot be divided over {ranks} ranks")
+        bounds = [start + min(size, units * rank // ranks * unit) for rank in range(ranks + 1)]
         for rank in range(ranks):
             ranges[rank].append((bounds[rank], bounds[rank + 1]))
         start += size
@@ -142,3 +163,18 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
         groups.append((old, new))
         i, j = i + 1, j + 1
     return groups
+
+
+Found = dict[ir.Value, Split]
+
+
+def first(sharder: Sharder, node: ir.Node) -> tuple[ir.Value, Split]:
+    """The first input of ``node``, which must be divided, and its division.
+
+    Raises:
+        CannotSplit: it is whole.
+    """
+    value = node.inputs[0]
+    if value is None or value not in sharder.splits:
+        raise CannotSplit(f"{node.op_type} has its first input whole and another one divided")
+    return value, sharder.splits[value]

@@ -87,6 +87,9 @@ class ConvertFloat16(Pass):
         if qualified_op(node) not in _HALF:
             outcome.refuse(node, _RULE, f"{node.op_type} is kept in float32 for accuracy, or has no half kernel")
             return False
+        if any(value is not None and value.name and value.dtype is None for value in (*node.inputs, *node.outputs)):
+            outcome.refuse(node, _RULE, "the types of its operands or results are not known")
+            return False
         if matches(node, self.keep):
             outcome.refuse(node, _RULE, "kept in float32 by the option keep")
             return False

@@ -71,4 +71,5 @@ def _bypass(node: ir.Node, value: ir.Value) -> bool:
     result.name = f"{name}_bypassed"
     value.name = name
     value.shape = result.shape if result.shape is not None else value.shape
+    value.type = result.type if result.type is not None else value.type
     return True

@@ -34,7 +34,7 @@ class UpgradeOpset(Pass):
     """
 
     name: ClassVar[str] = "upgrade-opset"
-    tolerance: ClassVar[float] = 0.0
+    tolerance: ClassVar[float] = 1e-6  # ONNX Runtime's kernels of two versions may round differently (AveragePool)
     gate: ClassVar[Gate] = "off"
     to: int = 23
 

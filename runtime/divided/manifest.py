@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ import onnx_ir as ir
 
 from ..artifact import load
 from ..errors import ModelError, PlanError
+from ..files import new_folder
 from ..generation.causal_lm import CacheTensor, CausalLM
 
 MANIFEST = "manifest.json"
@@ -113,34 +112,9 @@ def write_folder(folder: Path, manifest: Manifest, write: Callable[[Path], None]
     Raises:
         ModelError: the folder holds something else, or cannot be written.
     """
-    if not folder.parent.is_dir():
-        raise ModelError(f"The folder {folder.parent} does not exist.", "Create it first.")
-    if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST).exists() or not any(folder.iterdir()))):
-        raise ModelError(f"{folder} exists and holds no divided model.", "Give another path, or remove it.")
-    draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        draft.mkdir()
+    with new_folder(folder, MANIFEST, "a divided model") as draft:
         write(draft)
         (draft / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-        replace_folder(draft, folder)
-    except OSError as error:
-        raise ModelError(f"{folder} cannot be written: {error}.", "Check permissions and free space.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def replace_folder(draft: Path, target: Path) -> None:
-    """Moves the complete folder ``draft`` to ``target``; an old one goes only then."""
-    old = draft.with_name(f"{draft.name}-old")
-    if target.exists():
-        target.rename(old)
-    try:
-        draft.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -130,8 +130,15 @@ def read_causal_lm(model: ir.Model) -> CausalLM:
         last_only=last_only,
         vocabulary=min(sizes, default=None),
         positions=min((rows for rows in tables if rows is not None), default=None),
-        eos=tuple(json.loads(model.metadata_props.get(EOS_KEY, "[]"))),
+        eos=_eos(model.metadata_props.get(EOS_KEY, "[]")),
     )
+
+
+def _eos(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(token) for token in json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"The model's {EOS_KEY} is no list of token ids: {text[:60]}.", "Export it again.") from error
 
 
 def _cache_tensor(value: ir.Value, present: str) -> CacheTensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ..artifact import save
-from ..divided.manifest import replace_folder
 from ..errors import ModelError
+from ..files import new_folder
 from .causal_lm import CausalLM, read_causal_lm
 
 CONFIG = "genai_config.json"
@@ -74,10 +73,6 @@ def save_genai(
             a text, or the folder holds something else.
     """
     target = Path(folder)
-    if not target.parent.is_dir():
-        raise ModelError(f"The folder {target.parent} does not exist.", "Create it first.")
-    if target.exists() and not (target.is_dir() and ((target / CONFIG).exists() or not any(target.iterdir()))):
-        raise ModelError(f"{target} exists and is not an onnxruntime-genai folder.", "Give another path, or remove it.")
     source: Path | None = None
     known: dict[str, Any] = {}
     if isinstance(huggingface, Mapping):
@@ -88,17 +83,10 @@ def save_genai(
     given = {"context_length": context_length, "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     known |= {name: value for name, value in given.items() if value is not None}
     config = genai_config(model, known, ort_config or {})
-    draft = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        draft.mkdir()
+    with new_folder(target, CONFIG, "an onnxruntime-genai folder") as draft:
         save(model, draft / "model.onnx", metadata=metadata)
         (draft / CONFIG).write_text(json.dumps(config, indent=4) + "\n")
         _copy_tokenizer(Path(tokenizer) if tokenizer is not None else source, draft, required=tokenizer is not None)
-        replace_folder(draft, target)
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error}.", "Check permissions and free space.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import write_atomically
 from ..errors import ModelError, RuntimeUnavailable
+from ..files import write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

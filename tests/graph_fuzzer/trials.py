@@ -1,0 +1,130 @@
+"""Which passes and presets run on a drawn graph, with options that let them act on small graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from random import Random
+from typing import Literal
+
+from onnxlathe.compiler.base import Pass
+from onnxlathe.compiler.budget import Budget
+from onnxlathe.passes import (
+    AdaRound,
+    ClipOutliers,
+    ConvertFloat16,
+    CorrectBias,
+    Distill,
+    FewLevelWeights,
+    FuseAttention,
+    FuseSkipNormalization,
+    MixedPrecision,
+    PlanMemory,
+    PruneAdaptive,
+    PruneDepth,
+    PruneSparse,
+    PruneWidth,
+    QuantizeDynamic,
+    QuantizeProgressive,
+    QuantizeStatic,
+    QuantizeWeights,
+    SmoothQuant,
+    TilePatches,
+)
+from onnxlathe.passes.partition.partition_devices import PartitionDevices
+from onnxlathe.passes.partition.partition_stages import PartitionStages
+from onnxlathe.passes.presets import PRESETS, make_pass
+
+_FORMS: list[Literal["auto", "Attention", "MultiHeadAttention"]] = ["auto", "Attention", "MultiHeadAttention"]
+_MACHINES = {"cuda": (1e12, 1e11, 5e-6)}
+_LOOSE = Budget("relative_error", 100.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One pass on one graph.
+
+    Attributes:
+        name: of the pass, or ``preset NAME``.
+        make: the pass with options drawn for this graph; None for a preset.
+        after: passes that prepare the graph, e.g. quantize it.
+        raw: whether it gets the graph with its dead nodes; the others expect that cleanup ran, as presets run it first.
+        every: of how many graphs one is tried: what trains or searches takes seconds.
+        again: whether a second run must change nothing.
+    """
+
+    name: str
+    make: Callable[[Random], Pass] | None = None
+    after: tuple[str, ...] = ()
+    raw: bool = False
+    every: int = 1
+    again: bool = True
+
+
+_PLAIN = [
+    "simplify-shapes",
+    "fold-constants",
+    "fuse-gelu",
+    "fuse-normalization",
+    "fuse-rotary",
+    "fuse-conv",
+    "fuse-linear",
+    "fuse-gate-up",
+    "fuse-group-query-attention",
+    "keep-last-logits",
+    "split-skip-normalization",
+    "equalize-layers",
+    "partition-tensor",
+]
+
+
+def _plain(name: str) -> Callable[[Random], Pass]:
+    return lambda random: make_pass(name)
+
+
+TRIALS: list[Trial] = [
+    Trial("cleanup", _plain("cleanup"), raw=True),
+    *(Trial(name, _plain(name)) for name in _PLAIN),
+    Trial(
+        "fuse-attention", lambda random: FuseAttention(form=random.choice(["auto", "Attention", "MultiHeadAttention"]))
+    ),
+    Trial("fuse-skip-normalization", lambda random: FuseSkipNormalization(always=True)),
+    Trial("fuse-skip-normalization", lambda random: FuseSkipNormalization(always=True), ("fuse-normalization",)),
+    Trial("split-skip-normalization", _plain("split-skip-normalization"), ("fuse-normalization",)),
+    Trial("fuse-qkv", _plain("fuse-qkv"), ("fuse-attention",)),
+    Trial("pack-qkv", _plain("pack-qkv"), ("fuse-group-query-attention",)),
+    Trial("upgrade-opset", _plain("upgrade-opset"), every=3),
+    Trial("fuse-normalization", _plain("fuse-normalization"), ("upgrade-opset",), every=3),
+    Trial("fuse-attention", _plain("fuse-attention"), ("upgrade-opset", "fuse-rotary"), every=6),
+    Trial("fuse-integer-product", _plain("fuse-integer-product")),
+    Trial("plan-memory", lambda random: PlanMemory(({"n": 2, "s": 5},), measure=False, time_limit=0.2), every=8),
+    Trial("tile-patches", lambda random: TilePatches(batch=2)),
+    Trial(
+        "partition-devices",
+        lambda random: PartitionDevices(machines={"cuda": (1e12, 1e11, 5e-6)}, cost="roofline"),
+        every=8,
+    ),
+    Trial("partition-stages", lambda random: PartitionStages(cost="roofline"), every=8),
+    Trial("quantize-weights", lambda random: QuantizeWeights(bits=random.choice([2, 4, 8]), block_size=16), every=4),
+    Trial("few-level-weights", lambda random: FewLevelWeights(block_size=32), every=8),
+    Trial("quantize-dynamic", lambda random: QuantizeDynamic(per_channel=random.random() < 0.5), every=4),
+    Trial("quantize-static", lambda random: QuantizeStatic(products=random.random() < 0.5), every=4),
+    Trial("quantize-kv-cache", _plain("quantize-kv-cache"), ("fuse-group-query-attention",)),
+    Trial("convert-float16", lambda random: ConvertFloat16(), every=4),
+    Trial("smooth-quant", lambda random: SmoothQuant(alpha=0.5, multiply=random.choice(["never", "always"])), every=4),
+    Trial("clip-outliers", lambda random: ClipOutliers(), every=8),
+    Trial("fuse-integer-product", _plain("fuse-integer-product"), ("quantize-static",), every=8),
+    Trial("correct-bias", lambda random: CorrectBias(), ("quantize-static",), every=20, again=False),
+    Trial("adaround", lambda random: AdaRound(iterations=2), ("quantize-static",), every=40, again=False),
+    Trial("quantize-progressive", lambda random: QuantizeProgressive(budget=_LOOSE), every=40),
+    Trial("mixed-precision", lambda random: MixedPrecision(block_sizes=(16,)), every=40),
+    Trial("prune-sparse", lambda random: PruneSparse(), every=20, again=False),
+    Trial("prune-width", lambda random: PruneWidth(multiple=random.choice([1, 4])), every=20, again=False),
+    Trial("prune-depth", lambda random: PruneDepth(layers=1), every=20, again=False),
+    Trial("prune-adaptive", lambda random: PruneAdaptive(multiple=4), every=60, again=False),
+    Trial("distill", lambda random: Distill(steps=2, hidden=1.0), every=60, again=False),
+    *(
+        Trial(f"preset {name}", None, every={"basic": 6, "cpu-fp32": 6, "cpu-fast": 60}.get(name, 20))
+        for name in PRESETS
+    ),
+]
