@@ -1,6 +1,6 @@
 """Compiles a small network to int8 for devices that are elsewhere, and writes a bundle that tests itself there.
 
-    python examples/edge_bundle.py
+python examples/edge_bundle.py
 """
 
 from __future__ import annotations

@@ -38,7 +38,14 @@ def test_contents(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith("dist-info")} == {"onnxlathe"}, "no top-level 'models' or 'runtime'"
     data = "models/data/stories260k/stories260K.bin"
     page = ("compiler/reporting/page.html.j2", "compiler/reporting/page.css")
-    for needed in ("py.typed", *page, "compiler/pipeline.py", "compiler/training/loop.py", "passes/simplify/cleanup.py", data):
+    for needed in (
+        "py.typed",
+        *page,
+        "compiler/pipeline.py",
+        "compiler/training/loop.py",
+        "passes/simplify/cleanup.py",
+        data,
+    ):
         assert f"onnxlathe/{needed}" in names
     assert any("LICENSE" in name for name in names)
 
