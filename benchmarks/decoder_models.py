@@ -29,6 +29,7 @@ NAMES = (
     "ORT opset 23 SDPA",
     "onnxlathe",
     "OpenVINO",
+    "OpenVINO int4",
     "torch eager",
     "torch eager last-logits",
     "torch.compile",
@@ -45,6 +46,9 @@ def make_side(name: str, config: str, preset: str) -> Side:
             side.failure = NOT_INSTALLED
         elif side.model.endswith(".onnx"):
             side.note = describe(Path(side.model))
+        elif side.model.endswith(".xml"):
+            size = sum(file.stat().st_size for file in Path(side.model).parent.iterdir()) / 1e6
+            side.note = f"cache a state, all logits, {size:.1f} MB"
         else:
             side.note = {
                 "torch eager": "DynamicCache; all logits",
@@ -70,9 +74,11 @@ def _model(name: str, config: str, preset: str) -> tuple[str, str, str]:
         return (name, str(built), "genai") if "loop" in name else ("ort", str(built / "model.onnx"), "ours")
     if name.startswith("ORT"):
         _, _, opset, attention = name.split()
-        return "ort", str(_export(config, int(opset), attention.lower())), "ours"
+        return "ort", str(export(config, int(opset), attention.lower())), "ours"
     if name == "OpenVINO":
-        return "openvino", str(_export(config, 20, "sdpa")), "openvino"
+        return "openvino", str(export(config, 20, "sdpa")), "openvino"
+    if name == "OpenVINO int4":
+        return "openvino", str(_openvino_int4(config)), "openvino"
     if name.startswith("onnxlathe"):
         return "lathe loop" if "loop" in name else "lathe", str(_compile(config, preset)), "ours"
     kinds = {"torch.compile": "torch.compile", "torch eager last-logits": "torch last", "torch generate": "torch loop"}
@@ -107,7 +113,8 @@ def _module(config: str) -> Any:
     return decoder(config)
 
 
-def _export(config: str, opset: int, attention: str) -> Path:
+def export(config: str, opset: int, attention: str) -> Path:
+    """The plain export of onnxlathe's exporter, made once and kept."""
     target = ROOT / config / f"export-{opset}-{attention}" / "model.onnx"
     if target.exists():
         return target
@@ -138,13 +145,29 @@ def _genai(config: str, target: Path, last: bool, precision: str) -> Path:
     return draft.rename(target)
 
 
+def _openvino_int4(config: str) -> Path:
+    target = ROOT / config / "openvino-int4" / "model.xml"
+    if target.exists():
+        return target
+    if not python_of("nncf").exists():
+        raise RuntimeError(NOT_INSTALLED)
+    draft = _draft(target.parent)
+    script = Path(__file__).parent / "decoder_openvino.py"
+    command = [python_of("nncf"), script, export(config, 20, "sdpa"), draft / target.name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nncf: {done.stderr.strip().splitlines()[-1][:160]}")
+    draft.rename(target.parent)
+    return target
+
+
 def _compile(config: str, preset: str) -> Path:
     """Once a run: what the present code makes of the plain export."""
     target = ROOT / config / f"onnxlathe-{os.getpid()}" / "model.onnx"
     if target.exists():
         return target
     target.parent.mkdir(parents=True)
-    done = prepare(f"onnxlathe {preset}", _export(config, 20, "sdpa"), target, "ours", timeout=600)
+    done = prepare(f"onnxlathe {preset}", export(config, 20, "sdpa"), target, "ours", timeout=600)
     if "failure" in done:
         raise RuntimeError(done["failure"])
     return target

@@ -1,9 +1,11 @@
 """What many workers, stages and ranks give on this machine.
 
-    python benchmarks/distributed.py [--only workers stages ranks plan]
+    python benchmarks/distributed.py [--only workers ray stages ranks plan]
 
-* workers: batches through one session with one thread, one default session, 2 workers with a thread each, in turns
-  (workers are threads that share a session; with --ray also Ray actors);
+* workers: batches through one session with one thread, one default session, 2 workers with a thread each, in turns;
+  one batch at a time, its rows divided, or a stream of batches (workers are threads that share a session). ``bound``
+  is what any setting can gain over a default session if cores add up: cores over its own speed-up;
+* ray: the throughput of 2 Ray actors over that of 2 threads, a thread each, on the same streams of batches;
 * stages: bottleneck over its proven bound for k = 2..8 on the models of ``models/``, and a pipeline's bubble;
 * ranks: the part of a run that exchanges take;
 * plan: a decoder's measured step over the bound that ``onnxlathe plan`` gives for this machine's bandwidth.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import tempfile
 import time
@@ -40,21 +43,46 @@ def exported(name: str) -> Any:
     return lathe.compile(model, "basic", verify=False, progress=False).model
 
 
-def workers(folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
+def workers(folder: Path, seconds: float) -> dict[str, Any]:
     """Throughput over that of one session with one thread, by model."""
+    batches = _batches()
+    return {
+        f"{name}, {size}": _workers(name, batch, folder, seconds / len(batches))
+        for (name, size), batch in batches.items()
+    }
+
+
+def _batches() -> dict[tuple[str, str], dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    pixels = {"pixels": rng.standard_normal((1000, 784)).astype(np.float32)}
-    batches = {
-        ("mlp-784", "1000 rows"): pixels,
+    return {
+        ("mlp-784", "1000 rows"): {"pixels": rng.standard_normal((1000, 784)).astype(np.float32)},
         ("encoder", "64 x 128"): _tokens(rng, 100, (64, 128)),
         ("minilm", "32 sentences of 16"): _tokens(rng, 30_000, (32, 16)),
         ("minilm", "2 sentences of 16"): _tokens(rng, 30_000, (2, 16)),
         ("llama-135m", "a token for 8 rows after 128"): _step(rng, 8, 128),
     }
-    return {
-        f"{name}, {size}": _workers(name, batch, folder, seconds / len(batches), ray)
-        for (name, size), batch in batches.items()
-    }
+
+
+def ray_engine(folder: Path, seconds: float) -> dict[str, float]:
+    """Throughput of 2 Ray actors over that of 2 threads, on streams of batches, in turns."""
+    from onnxlathe.runtime.distributed import DataParallel
+
+    found: dict[str, float] = {}
+    batches = list(_batches().items())[:4]
+    for (name, size), batch in batches:
+        path = _file(folder, name)
+        with DataParallel(path, 2, engine="threads") as threads, DataParallel(path, 2, engine="ray") as ray:
+            share = seconds / len(batches) / ROUNDS / 2
+            turns = [(_median(threads, batch, share, True), _median(ray, batch, share, True)) for _ in range(ROUNDS)]
+        found[f"{name}, {size}"] = statistics.median(one / other for one, other in turns)
+    return found
+
+
+def _file(folder: Path, name: str) -> Path:
+    from onnxlathe.runtime.artifact import save
+
+    path = folder / f"{name}.onnx"
+    return path if path.exists() else save(exported(name), path)
 
 
 def _tokens(rng: np.random.Generator, most: int, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -74,45 +102,58 @@ def _step(rng: np.random.Generator, rows: int, past: int) -> dict[str, np.ndarra
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **caches}
 
 
-def _workers(name: str, batch: dict[str, np.ndarray], folder: Path, seconds: float, ray: bool) -> dict[str, Any]:
+def _workers(name: str, batch: dict[str, np.ndarray], folder: Path, seconds: float) -> dict[str, Any]:
     """Every side is opened for its turn and closed after it: idle sessions' threads would take its cores."""
     import onnxlathe as lathe
-    from onnxlathe.runtime.artifact import save
     from onnxlathe.runtime.distributed import DataParallel, best_setting
 
-    path = folder / f"{name}.onnx"
-    if not path.exists():
-        save(exported(name), path)
+    path = _file(folder, name)
+    two = "2 workers, threads"
     sides: dict[str, Callable[[], Any]] = {
         "1 session, 1 thread": lambda: lathe.Session(path, threads=1),
         "1 session, default threads": lambda: lathe.Session(path),
-        "2 workers, threads": lambda: DataParallel(path, 2, engine="threads"),
+        f"{two}, a batch": lambda: DataParallel(path, 2, engine="threads"),
+        f"{two}, a stream": lambda: DataParallel(path, 2, engine="threads"),
     }
-    if ray:
-        sides["2 workers, ray"] = lambda: DataParallel(path, 2, engine="ray")
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(ROUNDS):
         for side, make in sides.items():
-            times[side].append(_median(make(), batch, seconds / ROUNDS / len(sides)))
+            model = make()
+            times[side].append(_median(model, batch, seconds / ROUNDS / len(sides), side.endswith("stream")))
+            if isinstance(model, DataParallel):
+                model.close()
     base = times["1 session, 1 thread"]
     ratios = {
         side: statistics.median(one / other for one, other in zip(base, found, strict=True))
         for side, found in times.items()
     }
-    return {**ratios, "best setting (workers, threads)": best_setting(path, batch, seconds / 4)}
+    default = times["1 session, default threads"]
+    found: dict[str, Any] = dict(ratios)
+    setting = best_setting(path, batch, seconds / 8)
+    best = times[f"{two}, a stream"] if setting == (2, 1) else default
+    gain = statistics.median(one / other for one, other in zip(default, best, strict=True))
+    bound = len(os.sched_getaffinity(0)) / ratios["1 session, default threads"]
+    return {**found, "best setting (workers, threads)": setting, "best over default": gain, "bound": bound}
 
 
-def _median(model: Any, batch: dict[str, np.ndarray], seconds: float) -> float:
+def _median(model: Any, batch: dict[str, np.ndarray], seconds: float, stream: bool) -> float:
+    """Seconds a batch."""
+    batches = 8 if stream else 1
+
+    def run() -> None:
+        if stream:
+            list(model.map([batch] * batches))
+        else:
+            model.run(batch)
+
     for _ in range(3):
-        model.run(batch)
+        run()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
         start = time.perf_counter()
-        model.run(batch)
-        times.append(time.perf_counter() - start)
-    if hasattr(model, "close"):
-        model.close()
+        run()
+        times.append((time.perf_counter() - start) / batches)
     return statistics.median(times)
 
 
@@ -215,16 +256,18 @@ def plan_error() -> dict[str, float]:
 def main() -> None:
     """Runs what is asked for and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ["workers", "stages", "ranks", "plan"]
+    choices = ["workers", "ray", "stages", "ranks", "plan"]
     parser.add_argument("--only", nargs="*", default=choices, choices=choices)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where models are kept from run to run")
     options = parser.parse_args()
     content: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = options.folder or Path(temporary)
         if "workers" in options.only:
-            content["workers"] = workers(folder, options.seconds, options.ray)
+            content["workers"] = workers(folder, options.seconds)
+        if "ray" in options.only:
+            content["ray"] = ray_engine(folder, options.seconds)
         if "stages" in options.only:
             content["stages"] = stages(folder)
         if "ranks" in options.only:

@@ -181,9 +181,11 @@ def _error(expected: Any, got: Any) -> float:
     return float(np.abs(expected.astype(np.float64) - got).max() / np.abs(expected).max())
 
 
-def prepare(tool: str, source: Path, target: Path, python: str, timeout: float = 300) -> dict[str, Any]:
+def prepare(
+    tool: str, source: Path, target: Path, python: str, timeout: float = 300, samples: Path | None = None
+) -> dict[str, Any]:
     """Runs ``prepare.py`` in a fresh process; ``{"failure": why}`` where it did not work."""
-    command = [python_of(python), HERE / "prepare.py", tool, source, target]
+    command = [python_of(python), HERE / "prepare.py", tool, source, target, *([samples] if samples else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

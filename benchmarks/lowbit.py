@@ -1,7 +1,7 @@
 """Low-bit weights on the real stories260k: nats per token on held-out stories, against the peers' quantizers.
 
     python benchmarks/peers.py nncf onnxsim && python benchmarks/lowbit.py     # a quarter of an hour on an idle core
-    python benchmarks/lowbit.py --parts peers                                  # the other parts' rows are kept
+    python benchmarks/lowbit.py --parts tools                                  # the other parts' rows are kept
     python benchmarks/lowbit.py --quick                                        # few stories, few settings
 
 Every file is run by the same plain onnxruntime without its optimizations, with accuracy_level 0 and one thread, so that
@@ -41,7 +41,7 @@ from onnxlathe.runtime.inference import open_session, run_session, session_optio
 Feeds = dict[str, np.ndarray]
 TEXT = HERE.parent.parent / "shared" / "data" / "stories260k" / "tinystories_val_a.txt"
 LONGEST = 512
-PARTS = ("weights", "peers", "mixed")
+PARTS = ("weights", "tools", "mixed")
 # Tool of lowbit_peer.py -> environment, bits and block sizes.
 PEERS: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
     "ORT default": ("ours", ((4, 16), (4, 32), (4, 64), (8, 32), (2, 32))),
@@ -164,17 +164,21 @@ def mixed_part(model: ir.Model, calibration: list[Feeds], quick: bool) -> Iterat
     """Uniform four bits for everything, embedding and head included, and MixedPrecision at exactly its bytes."""
     context = PassContext(feeds=calibration, threads=1)
     for method in ("rtn",) if quick else ("rtn", "gptq"):
-        uniform = model.clone()
-        QuantizeWeights(head_bits=4, embedding_bits=4, accuracy_level=0, method=method)(uniform, context)
-        yield Row(f"uniform {method}, all weights", 4, 32), uniform
-        budget = float(weight_bytes(uniform) - weight_bytes(model) + 4 * _numbers(model, heads=True))
         changed = model.clone()
-        outcome = MixedPrecision(budget, "bytes", method=method, accuracy_level=0)(changed, context)
-        row = Row(f"MixedPrecision {method}, same bytes", 0, 0, note="; ".join(outcome.notes))
-        yield row, changed
+        common: dict[str, Any] = {"method": method, "accuracy_level": 0}
+        QuantizeWeights(head_bits=4, embedding_bits=4, **common)(changed, context)
+        yield Row(f"uniform {method}", 4, 32), changed
+        budget = float(weight_bytes(changed) - weight_bytes(model) + 4 * _numbers(model, heads=True))
+        changed = model.clone()
+        QuantizeWeights(head_bits=4, embedding_bits=4, block_size=16, scales="uint8", **common)(changed, context)
+        yield Row(f"uniform {method}, scales of a byte", 4, 16), changed
+        for scales, note in (("float", ", scales float"), ("uint8", "")):
+            changed = model.clone()
+            outcome = MixedPrecision(budget, "bytes", scales=scales, **common)(changed, context)
+            yield Row(f"MixedPrecision {method}{note}", 0, 0, note="; ".join(outcome.notes)), changed
 
 
-def peers_part(model: ir.Model, calibration: list[Feeds], quick: bool) -> Iterator[tuple[Row, ir.Model | None]]:
+def tools_part(model: ir.Model, calibration: list[Feeds], quick: bool) -> Iterator[tuple[Row, ir.Model | None]]:
     """The quantizers of other tools, each in its environment."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -240,7 +244,7 @@ def main() -> None:
         before = {}  # rows judged on another text do not compare
     content.update({part: before[part] for part in PARTS if part in before})
     parts: dict[str, Callable[..., Iterator[tuple[Row, ir.Model | None]]]]
-    parts = {"weights": weights_part, "peers": peers_part, "mixed": mixed_part}
+    parts = {"weights": weights_part, "tools": tools_part, "mixed": mixed_part}
     for part in options.parts.split(","):
         count = _numbers(model, heads=part == "mixed")
         content[part] = []

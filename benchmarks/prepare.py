@@ -1,14 +1,17 @@
 """Lets one tool optimize one model in a fresh process; prints a line of JSON with time, memory and node counts.
 
-    PYTHON benchmarks/prepare.py TOOL IN.onnx OUT.onnx
+    PYTHON benchmarks/prepare.py TOOL IN.onnx OUT.onnx [FOLDER]
 
-Runs in the tool's own environment, so it imports nothing of ours except for the tool ``onnxlathe*``. Memory is the peak
-of what the process holds privately (``RssAnon``), sampled every 10 ms: memory-mapped weights do not count, copies do.
+Runs in the tool's own environment, so it imports nothing of ours except for the tool ``onnxlathe*``, which calibrates
+on the samples (``.npz``) in FOLDER. Memory is the peak of what the process holds privately (``RssAnon``) above what it
+had at the start, sampled every 10 ms: memory-mapped weights do not count, copies do. ``resident_bytes`` is the peak of
+all that is resident (``VmRSS``), mapped files and libraries included. ``parts`` has both for what onnxlathe reports.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -16,12 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def onnxlathe(source: str, target: str, passes: str, gate: bool) -> None:
+def onnxlathe(source: str, target: str, passes: str, gate: bool, samples: str | None = None) -> None:
     """Ours."""
     import onnxlathe as lathe
     from onnxlathe.arguments import parse_passes
 
-    lathe.compile(source, parse_passes(passes), threads=2, speed_gate=gate, progress=False).save(target)
+    done = lathe.compile(
+        source, parse_passes(passes), threads=2, speed_gate=gate, calibration=samples, progress=MEMORY.begin
+    )
+    MEMORY.begin("save")
+    done.save(target)
 
 
 def onnxslim(source: str, target: str) -> None:
@@ -108,48 +115,79 @@ TOOLS: dict[str, Callable[[str, str], None]] = {
 }
 
 
-def private_bytes() -> int:
-    """Anonymous resident memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
+class Memory:
+    """Peaks of this process's memory, in bytes, by what was being done: ``{part: (private, resident)}``."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, tuple[int, int]] = {}
+        self._part, self._running = "start", True
+        self._before = self._now()[0]
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def start(self) -> None:
+        """Begins to sample."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends sampling."""
+        self._running = False
+        self._thread.join()
+
+    def begin(self, message: str) -> None:
+        """From here on another part: the message without numbers and what comes after them."""
+        self._part = re.split(r"\d|:", message)[0].strip() or self._part
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        found = {"RssAnon": 0, "VmRSS": 0}
+        for line in Path("/proc/self/status").read_text().splitlines():
+            key = line.partition(":")[0]
+            if key in found:
+                found[key] = int(line.split()[1]) * 1024
+        return found["RssAnon"], found["VmRSS"]
+
+    def _sample(self) -> None:
+        while self._running:
+            (private, resident), (most, all_most) = self._now(), self.peaks.get(self._part, (0, 0))
+            self.peaks[self._part] = (max(most, private - self._before), max(all_most, resident))
+            time.sleep(0.01)
 
 
-def run_tool(tool: str, source: str, target: str) -> None:
+MEMORY = Memory()
+
+
+def run_tool(tool: str, source: str, target: str, samples: str | None = None) -> None:
     """Runs one of ``TOOLS``, or onnxlathe with the preset that the name ends with."""
     if tool in TOOLS:
         TOOLS[tool](source, target)
     elif tool.startswith("onnxlathe "):
-        onnxlathe(source, target, tool.removeprefix("onnxlathe "), False)
+        onnxlathe(source, target, tool.removeprefix("onnxlathe "), False, samples)
     else:
         raise KeyError(tool)
 
 
-def main(tool: str, source: str, target: str) -> None:
+def main(tool: str, source: str, target: str, samples: str | None = None) -> None:
     """Runs the tool and prints the figures."""
     import onnx
 
-    peak, running = [0], [True]
-
-    def sample() -> None:
-        while running[0]:
-            peak[0] = max(peak[0], private_bytes())
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    before = private_bytes()
+    MEMORY.start()
     start = time.perf_counter()
-    run_tool(tool, source, target)
+    run_tool(tool, source, target, samples)
     seconds = time.perf_counter() - start
-    running[0] = False
-    thread.join()
+    MEMORY.stop()
     model = onnx.load(target, load_external_data=False)
     ops: dict[str, int] = {}
     for node in model.graph.node:
         ops[node.op_type] = ops.get(node.op_type, 0) + 1
-    print(json.dumps({"seconds": seconds, "private_bytes": peak[0] - before, "nodes": sum(ops.values()), "ops": ops}))
+    found = {
+        "seconds": seconds,
+        "private_bytes": max(private for private, _ in MEMORY.peaks.values()),
+        "resident_bytes": max(resident for _, resident in MEMORY.peaks.values()),
+        "nodes": sum(ops.values()),
+        "ops": ops,
+        "parts": MEMORY.peaks,
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -29,15 +29,7 @@ def save_ranks(
 ) -> Path:
     """Writes the ranks that ``PartitionTensor`` planned: ``rank0.onnx``, ... and ``manifest.json``.
 
-    Args:
-        model: the model; not changed.
-        folder: the folder to write; one with an older division is replaced.
-        metadata: extra ``metadata_props`` of each file.
-        ort_config: session options, for the manifest.
-
-    Raises:
-        PlanError: the model has no ranks, or was changed afterwards.
-        ModelError: the folder holds something else, or cannot be written.
+    Arguments and errors are those of ``save_stages``; any change of the graph after the pass is an error here.
     """
     placement = placement_of(model, "ranks")
     if placement.nodes != fingerprint(model):

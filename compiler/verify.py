@@ -22,6 +22,7 @@ from .padding import cache_names, defined_results, results_of_tokens
 Array = np.ndarray[Any, Any]
 Results = list[dict[str, Array]]
 _MAX_PROBES = 400
+_CHUNK = 1 << 20  # numbers compared at a time: logits are large
 
 
 def check_structure(model: ir.Model) -> None:
@@ -188,13 +189,17 @@ def relative_error(reference: Array, got: Array) -> float:
         return 0.0
     if reference.dtype.kind not in "fc":
         return 0.0 if np.array_equal(reference, got) else float("inf")
-    a, b = reference.astype(np.float64), got.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return float("inf")
-    a, b = a[finite], b[finite]
-    difference = float(np.abs(a - b).max(initial=0.0))
-    return difference / max(float(np.abs(a).max(initial=0.0)), 1e-30) if difference else 0.0
+    difference = largest = 0.0
+    left, right = reference.reshape(-1), got.reshape(-1)
+    for start in range(0, left.size, _CHUNK):
+        a, b = (array[start : start + _CHUNK].astype(np.float64) for array in (left, right))
+        finite = np.isfinite(a)
+        if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+            return float("inf")
+        a, b = a[finite], b[finite]
+        difference = max(difference, float(np.abs(a - b).max(initial=0.0)))
+        largest = max(largest, float(np.abs(a).max(initial=0.0)))
+    return difference / max(largest, 1e-30) if difference else 0.0
 
 
 def compare(reference: Results, got: Results) -> tuple[float, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from onnxlathe.runtime.errors import LatheError, PassError
 
-from .cli_devices import plan, serve, split
+from .cli_devices import place, plan, serve, split
 from .cli_goal import GoalOption, MaxDrop, Plot, Sizes, TimeBudget
 from .options import Device, Model, OptionalOutput, Output, Samples, Target, Threads, status
 
@@ -111,7 +110,7 @@ def compile(
 
         written = compile_for_goal(
             model, output, goal, max_drop, time_budget, samples=calibration, sizes=sizes or [], target=target,
-            threads=threads, json=json, plot=plot,
+            threads=threads, json=json, report=report, plot=plot,
         )  # fmt: skip
         typer.echo(f"wrote {written} ({_size(written)})")
         return
@@ -288,24 +287,12 @@ def view(
 
     Example: onnxlathe view fast.onnx --before original.onnx
     """
-    if importlib.util.find_spec("netron") is None:
-        raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
-    import netron
+    from .look import view_models
 
-    from onnxlathe.runtime.artifact import load
-
-    paths = [path for path in (model, before) if path is not None]
-    for path in paths:
-        load(path)  # a clear error instead of an empty page
-    for offset, path in enumerate(paths):
-        try:
-            netron.start(str(path), ("localhost", port + offset), browse=browser)  # says the address
-        except OSError as error:
-            raise LatheError(f"Cannot serve at port {port + offset}: {error.strerror}.", "Use --port.") from error
-    netron.wait()
+    view_models([path for path in (model, before) if path is not None], port, browser)
 
 
-for command in (serve, plan, split):
+for command in (serve, plan, place, split):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands for more than one device: ``serve``, ``plan``, ``split``."""
+"""Commands for more than one device: ``serve``, ``plan``, ``place``, ``split``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Model, status
+from onnxlathe.runtime.errors import PlanError
+
+from .options import Device, Model, Output, Samples, Threads, status
 
 
 def serve(
@@ -76,6 +78,60 @@ def plan(
             f"{1 / split.step_seconds:18.1f}  {split.tokens_per_second:15.1f}  {split.exchange_share:9.0%}"
         )
     typer.echo("Upper bounds: weights and caches are read once a step, nothing else takes time (docs/scaling.md).")
+
+
+def place(
+    model: Model,
+    output: Output,
+    machine: Annotated[
+        list[str], typer.Option(help="another device: NAME=TFLOP/s,GB/s of its memory,microseconds a kernel")
+    ],
+    link: Annotated[float, typer.Option(min=1e-6, help="GB/s between the devices")] = 20,
+    latency: Annotated[float, typer.Option(min=0, help="microseconds that a transfer takes at least")] = 10,
+    memory: Annotated[list[str] | None, typer.Option(help="room for weights: NAME=GB")] = None,
+    cost: Annotated[str, typer.Option(help="seconds on the CPU: measured, or roofline")] = "measured",
+    samples: Samples = None,
+    threads: Threads = 0,
+) -> None:
+    """Places every node of a model on the CPU or another device, so that compute and transfers take the least time.
+
+    Example: onnxlathe place model.onnx -o placed.onnx --machine cuda=60,3350,5 --link 25 --memory cuda=80
+    """
+    from onnxlathe.passes.presets import make_pass
+
+    from .api import compile as compile_model
+    from .arguments import check_writable
+
+    check_writable(output, [model, samples])
+    scales = (1e12, 1e9, 1e-6)
+    given = _constants(machine, 3)
+    machines = {name: tuple(a * b for a, b in zip(numbers, scales, strict=True)) for name, numbers in given.items()}
+    options = {
+        "devices": ("cpu", *machines),
+        "machines": machines,
+        "links": link * 1e9,
+        "latency": latency * 1e-6,
+        "memory": {name: int(gigabytes * 1e9) for name, (gigabytes,) in _constants(memory or [], 1).items()},
+        "cost": cost,
+    }
+    placed = compile_model(model, [make_pass("partition-devices", **options)], calibration=samples, threads=threads)
+    placed.save(output)
+    placed.report.print()
+
+
+def _constants(texts: list[str], count: int) -> dict[str, list[float]]:
+    """``["cuda=1,2"] -> {"cuda": [1.0, 2.0]}``."""
+    found: dict[str, list[float]] = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        try:
+            found[name] = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            found[name] = []
+        if len(found[name]) != count or not all(number > 0 for number in found[name]):
+            form = "NAME=GB" if count == 1 else "NAME=TFLOP/s,GB/s,microseconds"
+            raise PlanError(f"Cannot read {text!r}.", f"Write {form}, all above 0.")
+    return found
 
 
 def split(

@@ -37,6 +37,7 @@ def compile_for_goal(
     target: str,
     threads: int,
     json: Path | None,
+    report: Path | None,
     plot: Path | None,
 ) -> Path:
     """Searches, prints the table, writes model, picture and report; returns where the model is.
@@ -52,7 +53,7 @@ def compile_for_goal(
 
     output = output or model.with_name(f"{model.stem}.{goal}.onnx")
     picture = plot or output.with_suffix(".svg")
-    for path in (output, picture, json):
+    for path in (output, picture, json, report):
         if path is not None:
             check_writable(path, [model, samples])
     with status("onnxlathe: searching") as line:
@@ -77,4 +78,7 @@ def compile_for_goal(
         typer.echo(f"no picture: {error}", err=True)
     if json is not None:
         out.report.save_json(json)
+    if report is not None:
+        out.report.html(report)
+        typer.echo(f"wrote {report}")
     return output

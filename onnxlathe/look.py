@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +19,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxlathe.compiler.graph import PASS_KEY, all_nodes, count_ops, opset, qualified_op, weight_bytes
+from onnxlathe.compiler.graph import PASS_KEY, count_ops, opset, qualified_op, weight_bytes
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.report import Report, format_bytes, print_op_table
+from onnxlathe.compiler.reporting.graph_change import graph_change, places
+from onnxlathe.compiler.reporting.graph_match import Matching
+from onnxlathe.compiler.reporting.records import GraphChange
 from onnxlathe.compiler.verify import relative_error, run_reference
 from onnxlathe.passes import PASSES
 from onnxlathe.passes.presets import PRESETS
 from onnxlathe.runtime.artifact import REPORT_KEY, VERSION_KEY, load, read_config
-from onnxlathe.runtime.errors import ModelError
+from onnxlathe.runtime.errors import LatheError, ModelError
 from onnxlathe.runtime.feeds import check_feeds, load_feeds, make_feeds
 from onnxlathe.runtime.files import write_atomically
 from onnxlathe.runtime.session import Session
@@ -31,6 +39,10 @@ from .arguments import check_writable
 from .reporting import memory_pictures
 
 _SHOWN = 10
+# What serves a second model.
+_SERVE = """import sys, netron
+netron.start(sys.argv[1], ("localhost", int(sys.argv[2])), browse=sys.argv[3] == "1")
+netron.wait()"""
 
 
 def print_run(model: Path, samples: Path | None, output: Path | None, target: str, threads: int) -> None:
@@ -128,13 +140,54 @@ def _stored_report(path: Path, model: ir.Model) -> Report:
         raise ModelError(f"The report in {path} cannot be read ({error}).", "Compile the model again.") from error
 
 
+def view_models(paths: Sequence[Path], port: int, browser: bool) -> None:
+    """Serves models in Netron, each at a port of its own from ``port`` on, until Ctrl-C.
+
+    Netron keeps one model a process: the first is served by this one, the others by children.
+
+    Raises:
+        LatheError: Netron is not installed, or a port is taken.
+        ModelError: a file is no model.
+    """
+    if importlib.util.find_spec("netron") is None:
+        raise LatheError("Netron is not installed.", 'Install it with: pip install "onnxlathe[view]"')
+    import netron
+
+    for number, path in enumerate(paths):
+        load(path)  # a clear error instead of an empty page
+        _check_free(port + number)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, path in enumerate(paths[1:], 1):
+            arguments = [str(path), str(port + number), str(int(browser))]
+            children.append(subprocess.Popen([sys.executable, "-c", _SERVE, *arguments]))
+        netron.start(str(paths[0]), ("localhost", port), browse=browser)  # says the address
+        netron.wait()
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise LatheError(f"Cannot serve at port {port}: {reason}.", "Use --port.") from error
+
+
 def print_diff(before: Path, after: Path, samples: Path | None) -> None:
     """Operators, weights and numbers of two models."""
     console = Console()
     old, new = load(before), load(after)
     print_op_table(console, count_ops(old), count_ops(new))
-    _print_nodes(console, "-", old, new, before.name)
-    _print_nodes(console, "+", new, old, after.name)
+    match = Matching(old, new)
+    _print_change(console, graph_change(match, places(match)))
+    _print_nodes(console, "-", match.removed, before.name)
+    _print_nodes(console, "+", match.added, after.name)
     console.print(f"weights: {format_bytes(weight_bytes(old))} -> {format_bytes(weight_bytes(new))}", highlight=False)
     feeds = load_feeds(samples) if samples is not None else make_feeds(old)
     for number, sample in enumerate(feeds):
@@ -174,10 +227,26 @@ def print_passes() -> None:
     console.print(presets)
 
 
-def _print_nodes(console: Console, sign: str, here: ir.Model, there: ir.Model, where: str) -> None:
-    """Nodes of ``here`` of which ``there`` has none with the same operator and output name."""
-    known = {(qualified_op(node), value.name) for node in all_nodes(there) for value in node.outputs[:1]}
-    only = [node for node in all_nodes(here) if (qualified_op(node), node.outputs[0].name) not in known]
+def _print_change(console: Console, change: GraphChange) -> None:
+    """How many nodes are the same, and what became of the others, alike places together."""
+    console.print(
+        f"{change.unchanged} nodes are the same, {change.removed} went, {change.added} came:", highlight=False
+    )
+    for item in change.replacements[:_SHOWN]:
+        before, after = (
+            ", ".join(f"{count} {op}" if count > 1 else op for op, count in ops.items()) or "nothing"
+            for ops in (item.before, item.after)
+        )
+        by = f"  ({', '.join(item.passes)})" if item.passes else ""
+        text = f"  {item.places} x  {before} -> {after}{by}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    others = change.more + sum(item.places for item in change.replacements[_SHOWN:])
+    if others:
+        console.print(f"  ... and {others} smaller places", highlight=False)
+
+
+def _print_nodes(console: Console, sign: str, only: Sequence[ir.Node], where: str) -> None:
+    """The first of the nodes that are in one model only."""
     if not only:
         return
     console.print(f"{len(only)} nodes only in {where}:", highlight=False, markup=False)

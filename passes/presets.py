@@ -11,6 +11,7 @@ from ..compiler.base import Pass
 from ..compiler.budget import Budget
 from ..runtime.errors import PassError
 from . import PASSES
+from .quantization.quantize_static import QuantizeStatic
 from .quantization.smooth_quant import SmoothQuant
 
 
@@ -46,6 +47,9 @@ _FUSE = (
 
 # alpha 0.5 is the default of the paper; the best alpha by mean square lets single values go further astray.
 _INT8 = (SmoothQuant(alpha=0.5, multiply="where-it-pays"), "quantize-static", "fuse-integer-product")
+# Unlike cpu-int8: 7 bits of weights, so that the 16-bit sums of x86 without VNNI do not saturate, whoever runs it; and
+# no speed gate, as this machine is not the one that will run it.
+_EDGE = (_INT8[0], QuantizeStatic(reduced=True), "fuse-integer-product")
 # Integer products of q, k and v are so fast that splitting a joined one costs more than it saves.
 _FUSE_INT8 = tuple(name for name in _FUSE if name != "fuse-qkv")
 
@@ -67,6 +71,11 @@ PRESETS: dict[str, Preset] = {
         "Weights in blocks of 4 bits (head and tables 8) on the CPU provider, the rest as cpu-fp32.",
         ("upgrade-opset", *_CLEAN, *_FUSE, "quantize-weights", "cleanup"),
         True,
+    ),
+    "edge": Preset(
+        "Small, quick to load, little memory, one answer on every CPU: int8 with weights of 7 bits; needs samples.",
+        ("upgrade-opset", *_CLEAN, "fuse-conv", *_FUSE_INT8, "cleanup", *_EDGE, "cleanup"),
+        False,
     ),
     "cpu-fast": Preset(
         "Less of every part (1.5 x in fp32), chosen by what it costs, then int8 on the CPU provider: needs samples.",

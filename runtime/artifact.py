@@ -34,6 +34,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from .errors import ModelError
+from .files import writing
 from .untrusted import check_config, check_proto
 
 VERSION_KEY = "onnxlathe.version"
@@ -113,8 +114,6 @@ def save(
         ModelError: the folder does not exist or cannot be written, or the model is too large for one file.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ModelError(f"The folder {target.parent} does not exist.", "Create it first.")
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if is_compressed(target):
@@ -126,17 +125,13 @@ def save(
     if not external_data and total >= _SINGLE_FILE_LIMIT:
         remedy = "Save to .onnx." if is_compressed(target) else "Use external_data=True."
         raise ModelError(f"{total} bytes of weights do not fit in one file.", remedy)
-    old_data = _data_files(target) if target.exists() else set[Path]()
-    try:
+    with writing(target):
+        old_data = _data_files(target) if target.exists() else set[Path]()
         with (
             _stored(model, metadata or {}),
             tempfile.TemporaryDirectory(dir=target.parent, prefix=".onnxlathe-") as folder,
         ):
             name = _write(model, Path(folder), target, external_data)
-    except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written: {error.strerror or error}.", "Check permissions and free space."
-        ) from error
     for stale in old_data - {target.parent / name}:
         if stale.name.startswith(f"{target.name}."):  # ours, and only the replaced file referred to it
             stale.unlink(missing_ok=True)

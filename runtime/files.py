@@ -23,7 +23,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         ModelError: the disk is full, or the folder cannot be written.
     """
-    with _said(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+    with writing(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         temporary = Path(file.name)
         try:
             file.write(content)
@@ -47,12 +47,10 @@ def new_folder(target: Path, marker: str, kind: str) -> Generator[Path]:
     Raises:
         ModelError: ``target`` is something else, or cannot be written.
     """
-    if not target.parent.is_dir():
-        raise ModelError(f"The folder {target.parent} does not exist.", "Create it first.")
-    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
-        raise ModelError(f"{target} exists and is not {kind}.", "Give another path, or remove it.")
     draft = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    with _said(target):
+    with writing(target):
+        if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
+            raise ModelError(f"{target} exists and is not {kind}.", "Give another path, or remove it.")
         try:
             draft.mkdir()
             yield draft
@@ -62,13 +60,20 @@ def new_folder(target: Path, marker: str, kind: str) -> Generator[Path]:
 
 
 @contextlib.contextmanager
-def _said(target: Path) -> Generator[None]:
+def writing(target: Path) -> Generator[None]:
+    """Turns what the system says while ``target`` is written into one clear error.
+
+    Raises:
+        ModelError: the disk is full, or the folder is not there or cannot be written.
+    """
     try:
+        if not target.parent.is_dir():
+            raise ModelError(f"The folder {target.parent} does not exist.", "Create it first.")
         yield
     except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written: {error.strerror or error}.", "Check permissions and free space."
-        ) from error
+        # NumPy says how much it could write, and no more.
+        why = error.strerror or f"there was no room for all of it ({error})"
+        raise ModelError(f"{target} cannot be written: {why}.", "Check permissions and free space.") from error
 
 
 def _replace_folder(draft: Path, target: Path) -> None:

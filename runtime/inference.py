@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .providers import Device, providers_for
 
 # Smaller tensors stay in the serialized graph, where ORT's shape inference and constant folding read them.
 _INLINE_BYTES = 1024
+_PLACEHOLDER = "in-memory"
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _NATIVE = {np.dtype(code) for code in "fdebhilqBHILQ?"}
 
@@ -86,6 +88,8 @@ def open_session(
         if isinstance(source, ir.Model):
             with weights_outside(source) as (names, values, folder):
                 content = ir.to_proto(source).SerializeToString()
+            if device == "cpu" and options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL:
+                return _sharing(content, options, names, values, folder)
             if folder:
                 options.add_session_config_entry(_FOLDER_KEY, str(Path(folder).resolve()))
             if names:
@@ -96,6 +100,25 @@ def open_session(
         raise
     except Exception as error:  # ORT's exception classes are not public
         raise ModelError(f"ONNX Runtime cannot load the model: {_first_line(error)}", _remedy(str(error))) from error
+
+
+def _sharing(
+    content: bytes, options: ort.SessionOptions, names: list[str], values: list[Any], folder: str
+) -> LatheInferenceSession:
+    """A session that reads the weights handed over where they are; ``add_external_initializers`` would copy them.
+
+    Only where ORT does not look at weights to optimize the graph: it would read them from the file that their
+    placeholders name, which must exist and is not theirs.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        if not folder and names:
+            (Path(empty) / _PLACEHOLDER).touch()
+            folder = empty
+        if folder:
+            options.add_session_config_entry(_FOLDER_KEY, str(Path(folder).resolve()))
+        for name, value in zip(names, values, strict=True):
+            options.add_initializer(name, value)
+        return LatheInferenceSession(content, options, "cpu", values)
 
 
 def run_session(
@@ -140,22 +163,27 @@ def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any], st
     names: list[str] = []
     values: list[Any] = []
     originals: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    folder = ""
+    folder, location = "", _PLACEHOLDER
+    initializers = [value for graph in model.graphs() for value in graph.initializers.values()]
+    for value in initializers:
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and value.graph is model.graph and _can_be_handed_over(value, tensor):
+            folder, location = str(tensor.base_dir) or ".", str(tensor.location)
+            break
     try:
-        for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+        for value in initializers:
             tensor = value.const_value
             if tensor is None:
                 continue
             large = value.graph is model.graph and _can_be_handed_over(value, tensor)
-            if large and isinstance(tensor, ir.ExternalTensor) and folder in ("", str(tensor.base_dir)):
-                folder = str(tensor.base_dir)
+            if large and isinstance(tensor, ir.ExternalTensor) and folder == (str(tensor.base_dir) or "."):
                 continue
             if large:
                 name = value.name or ""
                 names.append(name)
                 values.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy())))
                 shape = ir.Shape(tensor.shape.numpy())
-                replacement = ir.ExternalTensor("in-memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+                replacement = ir.ExternalTensor(location, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
             elif isinstance(tensor, ir.ExternalTensor):  # ORT would look for its file beside a model it never sees
                 replacement = ir.external_data.convert_tensors_from_external([tensor])[0]
             else:

@@ -68,7 +68,7 @@ def profile_nodes(
         session = open_session(model, options, device)
         for _ in range(runs + 1):
             run_session(session, feeds)
-        events = list(_kernel_events(session))  # before its file goes with the folder
+        events = list(_kernel_events(session))  # read while the file is there
     found: dict[str, NodeProfile] = {}
     seen: set[str] = set()
     for name, event in events:
@@ -87,7 +87,7 @@ def profile_in_turns(
     *,
     device: Device = "cpu",
     threads: int = 0,
-    runs: int = 20,
+    turns: int = 6,
 ) -> list[dict[tuple[str, str], float]]:
     """Runs models in turns as ONNX Runtime optimizes them, and returns what each of their nodes cost.
 
@@ -97,7 +97,8 @@ def profile_in_turns(
         feeds: one sample for each.
         device: execution provider.
         threads: intra-op threads, 0 for ORT's default.
-        runs: runs counted of each model; two more warm up.
+        turns: how often each model has its turn, of five runs that count. One before them does not: the threads of
+            the session that had its turn before still spin.
 
     Returns:
         For each model ``(name, operator) -> seconds``, the median of the runs; names may be ONNX Runtime's. If, Loop
@@ -113,10 +114,11 @@ def profile_in_turns(
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / f"profile{number}")
             sessions.append(open_session(model, options, device))
-        for _ in range(runs + 2):
+        for _ in range(turns):
             for session, sample in zip(sessions, feeds, strict=True):
-                run_session(session, sample)
-        return [_medians(_kernel_events(session), runs) for session in sessions]
+                for _ in range(_TURN):
+                    run_session(session, sample)
+        return [_medians(_kernel_events(session), turns * _TURN) for session in sessions]
 
 
 def _kernel_events(session: ort.InferenceSession) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -134,8 +136,13 @@ def _medians(events: Iterable[tuple[str, Mapping[str, Any]]], runs: int) -> dict
         op = str(event["args"]["op_name"])
         if op not in _HOLDERS:
             taken.setdefault((name, op), []).append(event["dur"] * 1e-6)
-    # A node of a body runs more than once in a run: the median of its runs, as often as it ran.
-    return {key: statistics.median(times) * len(times) / (runs + 2) for key, times in taken.items()}
+    return {key: _median(times, runs) for key, times in taken.items()}
+
+
+def _median(times: Sequence[float], runs: int) -> float:
+    if len(times) != runs:  # a node of a body runs now and then, or more than once in a run
+        return statistics.median(times) * len(times) / runs
+    return statistics.median(seconds for number, seconds in enumerate(times) if number % _TURN)
 
 
 def _profile(event: Mapping[str, Any], fastest: float) -> NodeProfile:
@@ -161,6 +168,7 @@ def set_types(model: ir.Model, profiles: Mapping[str, NodeProfile]) -> None:
                 value.shape = value.shape or ir.Shape([None] * len(shape))
 
 
+_TURN = 6  # runs
 _HOLDERS = ("If", "Loop", "Scan")
 _TYPES = {
     "float": ir.DataType.FLOAT,

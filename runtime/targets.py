@@ -206,9 +206,11 @@ def _reason(node: ir.Node, opset: int, *, in_browser: bool) -> str:
 
 
 def _fits(kernel: _Kernel, wanted: Mapping[str, str], in_browser: bool) -> bool:
+    """Whether a kernel takes the element types; of sequences and optionals shape inference gives too little to say."""
     for key, allowed in kernel.types.items():
         have = allowed - kernel.missing.get(key, frozenset()) if in_browser else allowed
-        if not have or (key in wanted and wanted[key] not in have):
+        known = wanted.get(key)
+        if not have or (known is not None and known not in have and not all("(" in name for name in have)):
             return False
     return True
 
@@ -223,13 +225,11 @@ def _arguments(node: ir.Node) -> Iterator[tuple[str, ir.Value]]:
 
 
 def _type_name(value: ir.Value) -> str | None:
-    """``float``, ``seq(float)``: as kernels.json has it; None where nothing is known."""
+    """``float``: the element type of a tensor, as kernels.json has it; None where nothing is known."""
     kind = value.type
-    if isinstance(kind, ir.TensorType):
-        return None if kind.dtype == ir.DataType.UNDEFINED else _element(kind.dtype)
-    if isinstance(kind, ir.SequenceType) and isinstance(kind.elem_type, ir.TensorType):
-        return f"seq({_element(kind.elem_type.dtype)})"
-    return None
+    if not isinstance(kind, ir.TensorType) or kind.dtype == ir.DataType.UNDEFINED:
+        return None
+    return _element(kind.dtype)
 
 
 def _element(dtype: ir.DataType) -> str:

@@ -362,6 +362,20 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"in.onnx"}
 
 
+def test_place_takes_the_constants_of_devices(command: object, small_file: Path, tmp_path: Path) -> None:
+    """A device that is so fast, near and roomy that it gets all, and one that is too far away."""
+    out = tmp_path / "placed.onnx"
+    ask = ["place", small_file, "-o", out, "--cost", "roofline", "--machine"]
+    code, text, _ = command(*ask, "cuda=1000,10000,0.001", "--link", 10000, "--latency", 0)  # type: ignore[operator]
+    assert code == 0 and "4 nodes on cuda" in text and "x the time of cpu alone" in text
+    code, text, _ = command(*ask, "cuda=1000,10000,0.001", "--latency", 1e6)  # type: ignore[operator]
+    assert code == 0 and "4 nodes on cpu" in text
+    code, _, err = command(*ask, "cuda=1000", "--latency", 0)  # type: ignore[operator]
+    assert code == 2 and "Cannot read 'cuda=1000'" in err and "GB/s" in err
+    code, _, err = command(*ask, "cuda=1,1,1", "--memory", "cuda=1e-9", "--memory", "cpu=1e-9")  # type: ignore[operator]
+    assert code == 2 and "The weights do not fit" in err
+
+
 def test_help_is_quick_and_has_examples() -> None:
     names = ["export", "compile", "run", "bench", "inspect", "diff", "view", "passes", "demo"]
     seconds: list[float] = []

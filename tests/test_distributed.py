@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -190,7 +191,7 @@ def test_a_ray_cluster_of_two_nodes(file: Path, tmp_path: Path) -> None:
     texts = divided_stories(tmp_path)
     command = [sys.executable, "-c", CLUSTER, str(file), str(tmp_path), json.dumps([PROMPTS, texts])]
     with (tmp_path / "log").open("w+") as log:  # Ray's daemons keep a pipe open
-        subprocess.run(command, stdout=log, stderr=log, timeout=120)
+        subprocess.run(command, stdout=log, stderr=log, timeout=240)
         log.seek(0)
         text = log.read()
     assert "nodes 2 right True" in text, text[-2000:]
@@ -348,7 +349,23 @@ def test_serving(ray_of_tests: Any, tmp_path: Path) -> None:
         lines = [json.loads(line) for line in content.splitlines()]
         assert code == 200 and sum("token" in line for line in lines) == 20 and "done" in lines[-1]
         assert "".join(line["text"] for line in lines).startswith(", there was"), lines
-        assert post(port, "/health", b"", token="")[0] == 200
+        assert post(port, "/health", b"", token="")[0] == 200 and post(port, "/health", b"{}")[0] == 405
+        code, content = post(port, "/generate", b'{"prompt": [1, 99999], "stream": true}')
+        assert code == 400 and b"token id 99999" in content, "an error in front of the first token is no stream"
+        code, content = post(port, "/generate", b'{"prompt": [1], "temperatur": 1}')
+        assert code == 400 and b"knows no ['temperatur']" in content
+        for _ in range(10):  # clients that go in the middle of a stream
+            gone = socket.create_connection(("127.0.0.1", port))
+            body = b'{"prompt": [1, 403], "max_new_tokens": 500, "stream": true}'
+            head = b"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: %d\r\n\r\n"
+            gone.sendall(head % len(body) + body)
+            assert gone.recv(100).startswith(b"HTTP/1.1 200")
+            gone.close()
+        until = time.monotonic() + 20
+        while b"onnxlathe_texts_running 0" not in post(port, "/metrics", b"")[1]:
+            assert time.monotonic() < until, "texts that nobody reads are still generated"
+        with pytest.raises(RuntimeUnavailable, match="Cannot listen"):
+            start_server(file, port=port)
         assert post(port, "/metrics", b"", token="wrong")[0] == 401
         assert b'status="413"' in post(port, "/metrics", b"")[1]
         assert post(port, "/predict", b'{"inputs": {"input_ids": [[1, "a"]]}}')[0] == 400

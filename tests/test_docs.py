@@ -47,7 +47,7 @@ def test_examples_run(source: str, tmp_path: Path) -> None:
     assert "1 Attention" in done.stdout and (tmp_path / "encoder.onnx").exists()
 
 
-@pytest.mark.parametrize("example", ["custom_pass", "data_parallel", "generate_text"])
+@pytest.mark.parametrize("example", ["custom_pass", "data_parallel", "edge_bundle", "generate_text"])
 def test_other_examples_run(example: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     command = [sys.executable, ROOT / "examples" / f"{example}.py"]

@@ -19,7 +19,8 @@ from onnxlathe.compiler.verify import run_reference
 from onnxlathe.look_memory import parse_bindings, print_memory
 from onnxlathe.passes.memory.lifetimes import Flow, Sizes, Tensor, evaluate, flow_of
 from onnxlathe.passes.memory.memory_picture import plan_svg
-from onnxlathe.passes.memory.order_search import best_order, order_bound
+from onnxlathe.passes.memory.order_bounds import least_bound, order_bound
+from onnxlathe.passes.memory.order_search import best_order, proven_best
 from onnxlathe.passes.memory.plan_memory import plan_model
 from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.errors import PlanError
@@ -155,7 +156,16 @@ def test_the_order_is_the_best_there_is(seed: int) -> None:
     found = best_order(flow)
     assert tuple(found) in valid
     assert order_bound(flow, found) <= order_bound(flow, range(7))
-    assert order_bound(flow, found) == best
+    assert order_bound(flow, found) == best >= least_bound(flow)
+    assert proven_best(flow, found)
+    worst = max(valid, key=lambda order: order_bound(flow, order))
+    assert order_bound(flow, worst) == best or not proven_best(flow, worst)
+
+
+def test_an_output_waits_where_another_branch_is_wide() -> None:
+    tensors = [Tensor(["a"], 10, 0, {1, 2}), Tensor(["output"], 5, 1, kept=True), Tensor(["wide"], 100, 2, {3})]
+    flow = Flow([set(), {0}, {0}, {2}], [*tensors, Tensor(["other"], 1, 3, kept=True)], [[], [], [], []])
+    assert order_bound(flow, range(4)) == 115 and order_bound(flow, best_order(flow)) == 111
 
 
 def test_sizes_of_dims_are_asked_for_by_name() -> None:

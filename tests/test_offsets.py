@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxlathe.passes.memory.canonical_search import CanonicalSearch
 from onnxlathe.passes.memory.offset_search import search_offsets
 from onnxlathe.passes.memory.offsets import Offsets, plan_offsets
+from onnxlathe.passes.memory.precedence_search import PrecedenceSearch
 
 _FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
 HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
@@ -57,6 +59,27 @@ def test_as_small_as_brute_force(buffers: list[tuple[int, int, int]]) -> None:
     check(lifetimes, sizes, found)
     kept = [index for index, size in enumerate(sizes) if size]
     assert found.peak == best_peak([lifetimes[i] for i in kept], [sizes[i] for i in kept])
+
+
+@settings(max_examples=60, deadline=None)
+@given(BUFFERS)
+def test_each_search_finds_what_there_is_and_proves_what_there_is_not(buffers: list[tuple[int, int, int]]) -> None:
+    kept = [(start, start + length, size) for start, length, size in buffers if size]
+    if not kept:
+        return
+    first, last, size = np.array(kept).T
+    inside = (first[:, None] <= np.arange(11)) & (np.arange(11) < last[:, None])
+    best = best_peak(list(zip(first.tolist(), last.tolist(), strict=True)), size.tolist())
+    for capacity in (best, best - 1):
+        bottom_up = CanonicalSearch(first, last, size, capacity, False, 10_000, time.monotonic() + 10)
+        results = [bottom_up.offsets if bottom_up.run() else None]
+        search = PrecedenceSearch(inside, size, capacity, np.arange(len(size)))
+        results.append(next((found for found in search.runs(time.monotonic() + 10) if found is not None), None))
+        for found in results:
+            assert (found is not None) == (capacity == best)
+            if found is not None:
+                lifetimes = list(zip(first.tolist(), last.tolist(), strict=True))
+                check(lifetimes, size.tolist(), Offsets(tuple(found.tolist()), best, 0, ""))
 
 
 def cut(rng: np.random.Generator, width: int, height: int, count: int) -> tuple[Lifetimes, list[int]]:

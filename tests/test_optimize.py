@@ -251,6 +251,7 @@ def test_ctrl_c_returns_the_best_so_far_and_the_next_search_goes_on(
     monkeypatch.setattr(search, "compile_apart", until_the_second)
     out = lathe.optimize(network, "speed", "1%", samples=feeds, progress=False)
     assert out.search.chosen == "cpu-fp32" and "Ctrl-C" in " ".join(out.search.notes)
+    assert [trial.status for trial in out.search.trials] == ["", "stopped"]
 
     def counted(request: Request, seconds: float, tell: Callable[[str], None]) -> None:
         compiled.append(request.target)
@@ -444,9 +445,13 @@ def test_the_picture_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture
         Trial("two", drop=0.004, speeds={"(1,16)": 3.0}, weights={"(1,16)": 1}, bytes=30),
         Trial("worse", drop=0.5, speeds={"(1,16)": 2.0}, weights={"(1,16)": 1}, bytes=60, status="loses too much"),
         Trial("gone", status="failed"),
+        Trial(
+            "nan", drop=float("inf"), speeds={"(1,16)": 9.0}, weights={"(1,16)": 1}, bytes=9, status="loses too much"
+        ),
     ]
     found = Search("speed", "1 - pooled cosine", 0.01, trials, "two", 100, 32, notes=["a note"])
     assert [trial.name for trial in found.front()] == ["one", "two"]
+    assert "Infinity" not in json.dumps(found.to_dict())
     found.plot(tmp_path / "p.svg")
     text = (tmp_path / "p.svg").read_text()
     assert text.startswith("<?xml") and "two" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from grouped_decoders import Spec, decoder, step
 
-from onnxlathe.compiler.padding import cache_names, results_of_tokens
+from onnxlathe.compiler.padding import cache_names, results_of_tokens, without_padding
 from onnxlathe.compiler.verify import compare, run_reference
 
 SPEC = Spec()
@@ -57,3 +57,13 @@ def test_of_an_encoder_only_tokens_count() -> None:
     assert found["hidden"].sum() == 4 * 4 and np.array_equal(found["pooled"], results["pooled"])
     for sample in ({}, {"attention_mask": mask[0]}, {"attention_mask": mask.astype(np.float32)}):
         assert results_of_tokens(sample, results)["hidden"].all(), "nothing is known of padding"
+
+
+def test_the_longest_row_without_its_padding() -> None:
+    mask = np.array([[1, 1, 0, 0], [0, 1, 1, 1]])
+    ids = np.arange(8).reshape(2, 4)
+    kept = without_padding({"input_ids": ids, "attention_mask": mask})
+    assert kept["input_ids"].tolist() == [[5, 6, 7]] and kept["attention_mask"].tolist() == [[1, 1, 1]]
+    assert kept["input_ids"].flags.c_contiguous
+    for sample in ({"x": ids}, {"input_ids": ids, "attention_mask": mask, "cache": np.zeros((2, 3, 4))}):
+        assert all(without_padding(sample)[name] is array for name, array in sample.items()), "not one number a token"

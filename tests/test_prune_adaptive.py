@@ -17,6 +17,7 @@ from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.verify import check_structure, compare, run_reference
 from onnxlathe.passes import PruneAdaptive
 from onnxlathe.passes.low_bit.mixed_precision import solve
+from onnxlathe.passes.pruning import prune_adaptive
 from onnxlathe.passes.pruning.blocks import residual_stream
 from onnxlathe.passes.pruning.choices import modules_of, shrunk
 from onnxlathe.passes.pruning.coupling_rules import coupling_of
@@ -125,6 +126,20 @@ def test_speed_is_predicted_and_real() -> None:
     after, outcome = pruned(model, PruneAdaptive(speedup=1.3, sizes=sizes))
     assert weight_bytes(after) < weight_bytes(model)
     assert any("predicted" in note and "real" in note for note in outcome.notes if note.startswith("speed"))
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.3])
+def test_the_bound_moves_until_the_speed_is_what_was_asked_for(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With times that save more, or less, than the parts alone say."""
+
+    def relative(model: ir.Model, smaller: ir.Model, *_: Any) -> float:
+        return 1 - factor * (1 - weight_bytes(smaller) / weight_bytes(model))
+
+    monkeypatch.setattr(prune_adaptive, "part_times", lambda model, modules, *_: part_bytes(model, modules, "test"))
+    monkeypatch.setattr(prune_adaptive, "relative_time", relative)
+    model = layers(3, 512, idle=5)
+    after, _ = pruned(model, PruneAdaptive(speedup=1.6, multiple=4))
+    assert 0.95 / 1.6 < relative(model, after) < 1.02 / 1.6
 
 
 def test_quality_keeps_more() -> None:

@@ -154,3 +154,15 @@ def test_reference_run_takes_bfloat16_and_small_and_subgraph_weights(small_model
     before = small_model.graph.initializers["w"].const_value
     run_reference(small_model, [{"x": np.ones((1, 8), np.float32)}])
     assert small_model.graph.initializers["w"].const_value is before, "put back after opening"
+
+
+def test_relative_error_of_arrays_compared_in_parts() -> None:
+    a = np.zeros((1 << 20) + 7, np.float32)
+    a[3] = 10.0
+    b = a.copy()
+    b[-1] = 0.5
+    assert relative_error(a, b) == pytest.approx(0.05)
+    b[-1] = np.nan
+    assert relative_error(a, b) == np.inf
+    a[-1] = np.nan
+    assert relative_error(a, b) == 0.0

@@ -37,7 +37,15 @@ def test_contents(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith("dist-info")} == {"onnxlathe"}, "no top-level 'models' or 'runtime'"
     data = "models/data/stories260k/stories260K.bin"
-    for needed in ("py.typed", "compiler/pipeline.py", "compiler/training/loop.py", "passes/simplify/cleanup.py", data):
+    page = ("compiler/reporting/page.html.j2", "compiler/reporting/page.css")
+    for needed in (
+        "py.typed",
+        *page,
+        "compiler/pipeline.py",
+        "compiler/training/loop.py",
+        "passes/simplify/cleanup.py",
+        data,
+    ):
         assert f"onnxlathe/{needed}" in names
     assert any("LICENSE" in name for name in names)
 

@@ -45,8 +45,7 @@ class Matching:
         self._by_boundary(before, after)
         self._spread()
         for _ in range(_ROUNDS):
-            ways = ((2, False), (1, False), (2, True))
-            if not any(self._by_surroundings(old, new, steps, in_order) for steps, in_order in ways):
+            if not self._by_surroundings(old, new):
                 break
         self._by_names(old, new)
         self.removed = [node for node in old if node not in self.pairs]
@@ -104,26 +103,28 @@ class Matching:
             self._pair(node, made.get(node.outputs[0].name))
         self._spread()
 
-    def _by_surroundings(self, old: Sequence[ir.Node], new: Sequence[ir.Node], steps: int, in_order: bool) -> bool:
-        """Rule 4, looking ``steps`` nodes far; whether it found anything."""
-        known = len(self.pairs)
+    def _by_surroundings(self, old: Sequence[ir.Node], new: Sequence[ir.Node]) -> bool:
+        """Rule 4, looking two nodes far, then one, then taking in order what is alike; whether it found anything."""
         left = [n for n in old if n not in self.pairs], [n for n in new if n not in self.matched]
-        colors: dict[ir.Node, Hashable] = {node: self._kinds[node] for side in left for node in side}
+        colors: dict[ir.Node, Hashable] = {}
         for number, (a, b) in enumerate(self.pairs.items()):
             colors[a] = colors[b] = number
-        for _ in range(steps):
-            refined = {
-                node: hash((colors[node], _around(node, colors), *self._fed[node])) for side in left for node in side
-            }
-            colors.update(refined)
-        ours, theirs = (_groups(side, colors.__getitem__) for side in left)
-        for color, nodes in ours.items():
-            others = theirs.get(color, [])
-            if len(nodes) == len(others) and (in_order or len(nodes) == 1):
-                for a, b in zip(nodes, others, strict=True):
-                    self._pair(a, b)
-        self._spread()
-        return len(self.pairs) > known
+        colors.update((node, hash((self._kinds[node], *self._fed[node]))) for side in left for node in side)
+        near = {node: hash((colors[node], _around(node, colors))) for side in left for node in side}
+        colors.update(near)
+        far = {node: hash((colors[node], _around(node, colors))) for side in left for node in side}
+        known = len(self.pairs)
+        for color, in_order in ((far, False), (near, False), (far, True)):
+            ours, theirs = (_groups(side, color.__getitem__) for side in left)
+            for key, nodes in ours.items():
+                others = theirs.get(key, [])
+                if len(nodes) == len(others) and (in_order or len(nodes) == 1):
+                    for a, b in zip(nodes, others, strict=True):
+                        self._pair(a, b)
+            self._spread()
+            if len(self.pairs) > known:
+                return True
+        return False
 
 
 class _Contents:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from ...runtime.errors import LatheError
 from ..base import Refusal
 from ..report import PassRecord, Report, format_bytes
-from .pictures import bits_class, error_chart, weight_map
+from .pictures import bits_class, error_chart, search_chart, weight_map
 from .records import Weights
 
 _HERE = Path(__file__).parent
@@ -97,6 +97,7 @@ def render(report: Report) -> str:
         ops_changed=_changed_ops(report),
         types=_types(report.weights),
         weight_map=weight_map(report.weights) if report.weights else "",
+        tried=search_chart(report.search) if report.search else "",
         chart=error_chart(report.analysis["layers"]) if report.analysis else "",
     )
 

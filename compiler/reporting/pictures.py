@@ -78,6 +78,25 @@ def error_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     return _chart([f"{high:g} dB", f"{middle:g}", f"{low:g}"], drawn, text)
 
 
+def search_chart(search: Mapping[str, Any]) -> str:
+    """Each pipeline tried, by its speed and by what it loses; the original lies at speed 1, loss 0."""
+    done = [trial for trial in search["trials"] if trial["drop"] is not None and trial["speed"] > 0]
+    limit = search["limit"]
+    points = [(1.0, 0.0, search["chosen"] == "original")]
+    points += [(trial["speed"], max(trial["drop"], 0.0), trial["name"] == search["chosen"]) for trial in done]
+    most, high = max(speed for speed, _, _ in points), 1.25 * limit or 1.0  # what loses more lies at the top
+    drawn = f'<path class="limit" d="M0 {_HEIGHT * (1 - limit / high):.1f}H1000"/>'
+    for taken, kind in ((False, "dots others"), (True, "dots taken")):
+        path = "".join(
+            f"M{980 * speed / most:.1f} {_HEIGHT * (1 - min(drop / high, 0.97)):.1f}h0"
+            for speed, drop, chosen in points
+            if chosen is taken
+        )
+        drawn += f'<path class="{kind}" d="{path}"/>' if path else ""
+    text = f"{len(points)} pipelines by speed, up to {most:.2f} times the original, and by what they lose."
+    return _chart([f"{high:.2g}", f"{high / 2:.2g}", "0"], drawn, text)
+
+
 def _chart(axis: Sequence[str], drawn: str, text: str) -> str:
     """A picture 1000 wide and ``_HEIGHT`` high that stretches, with the ends and the middle of its axis beside it."""
     labels = "".join(f"<span>{label}</span>" for label in axis)

@@ -20,7 +20,6 @@ from ..variants import is_quantized
 from .records import Latency, NodeTime
 
 _SHOWN = 20
-_RUNS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +67,13 @@ def _latency(before: Side, after: Side, old: Feeds, new: Feeds, context: PassCon
         [old, new],
         device=context.device,
         threads=context.threads,
-        runs=_RUNS,
     )
     total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for index, side in enumerate(sides):
         for (_, op), seconds in side.items():
             total[op][index] += seconds
     ops = {op: (a, b) for op, (a, b) in sorted(total.items(), key=lambda item: -max(item[1]))}
-    return Latency(shape_of(old), _RUNS, ops, (_slowest(sides[0]), _slowest(sides[1])))
+    return Latency(shape_of(old), ops, (_slowest(sides[0]), _slowest(sides[1])))
 
 
 def _slowest(side: Mapping[tuple[str, str], float]) -> list[NodeTime]:

@@ -134,13 +134,11 @@ class Latency:
 
     Attributes:
         sample: shape of the sample.
-        runs: runs of each side.
         ops: operator -> seconds before and after.
         nodes: the slowest nodes of each side.
     """
 
     sample: str
-    runs: int
     ops: dict[str, tuple[float, float]]
     nodes: tuple[list[NodeTime], list[NodeTime]]
 
@@ -149,4 +147,4 @@ class Latency:
         """The inverse of ``dataclasses.asdict``."""
         before, after = ([NodeTime(**item) for item in side] for side in data["nodes"])
         ops = {op: (old, new) for op, (old, new) in data["ops"].items()}
-        return cls(data["sample"], data["runs"], ops, (before, after))
+        return cls(data["sample"], ops, (before, after))

@@ -23,8 +23,8 @@ import numpy as np
 import onnx_ir as ir
 
 import onnxlathe
-from onnxlathe.runtime.artifact import write_atomically
 from onnxlathe.runtime.environment import environment
+from onnxlathe.runtime.files import write_atomically
 
 _MOST = 4_000_000_000
 """Bytes of all searches together; the oldest go first."""

@@ -23,6 +23,7 @@ from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.report import Speed
 from onnxlathe.compiler.training.data import Data
 from onnxlathe.compiler.verify import check_model
+from onnxlathe.reporting import call_text
 from onnxlathe.runtime.artifact import read_config, save
 from onnxlathe.runtime.errors import LatheError, ModelError
 from onnxlathe.runtime.generation.causal_lm import CausalLM, read_causal_lm
@@ -93,7 +94,7 @@ def optimize(
         ModelError: the model or the samples cannot be used.
         RuntimeUnavailable: the target is not there.
     """
-    start = time.monotonic()
+    start, call = time.monotonic(), call_text(optimize, locals())
     if goal not in get_args(Goal):
         raise LatheError(f"There is no goal {goal!r}.", f"Goals: {', '.join(get_args(Goal))}.")
     budget, named = read_budget(max_drop, metric)
@@ -129,11 +130,12 @@ def optimize(
             )  # fmt: skip
             if best is None:
                 out = compile(graph, [], verify=False, progress=False, target=device, threads=threads)
-                result = Optimized(graph, out.report, read_config(graph.metadata_props), search)
+                result = Optimized(graph, out.report, read_config(graph.metadata_props), search=search)
             else:
                 result = Optimized.read(kept.model(best.passes), search)
                 result.report.speed = Speed(min(best.speeds.values()), best.noise, best.speeds)
     result.report.source = str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__
+    result.report.environment["call"] = call
     result.report.search = search.to_dict()
     return result
 
@@ -228,7 +230,10 @@ def _remarks(data: SearchData, judge: Judge, best: Trial | None, goal: str) -> l
     if len(judge.samples) < len(data.judged):
         notes.append(f"Only {len(judge.samples)} of {len(data.judged)} samples judge: their outputs are large.")
     if best is None:
-        notes.append("Nothing that was tried is both within the limit and not slower: the model is returned as it was.")
+        notes.append(
+            "Nothing that was tried to its end is both within the limit and not slower: "
+            "the model is returned as it was."
+        )
     elif best.exact:
         notes.append(
             f"Nothing else that was tried within the limit is better for {goal}: "

@@ -15,7 +15,7 @@ from onnxlathe.runtime.artifact import REPORT_KEY, load, read_config
 from .trials import Search
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Optimized(Compiled):
     """The best pipeline's model, with everything a compiled model can do.
 
@@ -34,7 +34,7 @@ class Optimized(Compiled):
             for value in graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     value.const_value = ir.external_data.convert_tensors_from_external([value.const_value])[0]
-        return cls(model, report, config, search)
+        return cls(model, report, config, search=search)
 
 
 def read_report(model: ir.Model) -> Report:

@@ -24,7 +24,8 @@ from .worker import Request
 _ROUNDS, _TURN = 5, 0.3  # of a trial
 _SURE_ROUNDS, _SURE_TURN = 9, 0.5  # of what is to be the answer
 _CONFIRMED = 3  # trials measured again at most
-_RESERVE = 0.1  # of the time, for measuring the answer again
+_RESERVE = 0.3  # of the time at most, for measuring the answer again
+_START = 10.0  # seconds that starting two processes and warming up takes at most
 
 
 @dataclasses.dataclass
@@ -63,7 +64,8 @@ class Searcher:
 
         Ctrl-C and the end of the time stop the trying; what was found so far counts.
         """
-        reserve = _RESERVE * self.left
+        again = _START + 1.5 * 2 * _SURE_ROUNDS * _SURE_TURN * len(self.data.timed)
+        reserve = min(again, _RESERVE * self.left)
         try:
             for candidate in self._candidates():
                 if self.left <= reserve:
@@ -73,6 +75,9 @@ class Searcher:
             return self._confirmed()
         except KeyboardInterrupt:
             self.notes.append("Stopped by Ctrl-C: the best so far, measured once; the search goes on when asked again.")
+            for trial in self.trials:
+                if trial.name not in self.progress.done and not trial.status:
+                    trial.status = "stopped"
             return next(iter(self.progress.ranked()), None)
 
     @property

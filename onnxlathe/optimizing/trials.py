@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxlathe.compiler.report import format_bytes
-from onnxlathe.runtime.artifact import write_atomically
 from onnxlathe.runtime.errors import LatheError
+from onnxlathe.runtime.files import write_atomically
 
 ORIGINAL = "original"
 
@@ -61,6 +61,11 @@ class Trial:
         logs = (self.weights[shape] * math.log(max(ratio, 1e-9)) for shape, ratio in self.speeds.items())
         return math.exp(sum(logs) / total)
 
+    @property
+    def finite(self) -> float | None:
+        """The drop; None where it is not known, or where the results were NaN or infinite."""
+        return self.drop if self.drop is not None and math.isfinite(self.drop) else None
+
 
 @dataclasses.dataclass
 class Search:
@@ -94,13 +99,14 @@ class Search:
         """Plain JSON-ready data, with the geometric means and who lies on the Pareto front."""
         front = {trial.name for trial in self.front()}
         rows = [
-            {**dataclasses.asdict(trial), "speed": trial.speed, "front": trial.name in front} for trial in self.trials
+            {**dataclasses.asdict(trial), "drop": trial.finite, "speed": trial.speed, "front": trial.name in front}
+            for trial in self.trials
         ]
         return {**dataclasses.asdict(self), "trials": rows}
 
     def front(self) -> list[Trial]:
         """The trials that no other one beats in speed, drop and bytes at once."""
-        done = [trial for trial in self.trials if trial.drop is not None and trial.speeds]
+        done = self._done()
         return [trial for trial in done if not any(_beats(other, trial) for other in done)]
 
     def print(self, console: Console | None = None) -> None:
@@ -153,16 +159,20 @@ class Search:
             raise LatheError(
                 "matplotlib is not installed.", 'Install it with: pip install "onnxlathe[report]"'
             ) from error
-        done = [trial for trial in self.trials if trial.drop is not None and trial.speeds]
+        done = self._done()
         figure = Figure(figsize=(8.0, 5.0), layout="constrained")
         FigureCanvasSVG(figure)  # else a window may be looked for
         axes = figure.subplots()
         points = [(1.0, 0.0, self.bytes, ORIGINAL)]
         points += [(trial.speed, max(trial.drop or 0.0, 0.0), trial.bytes, trial.name) for trial in done]
-        for speed, drop, size, name in points:
+        middle = (min(points)[0] + max(points)[0]) / 2
+        for number, (speed, drop, size, name) in enumerate(sorted(points)):
             colour = "tab:green" if name == self.chosen else "tab:blue" if drop <= self.limit else "tab:red"
             axes.scatter(speed, drop, 40 + 360 * size / max(self.bytes, 1), colour, alpha=0.5)
-            axes.annotate(name, (speed, drop), textcoords="offset points", xytext=(6, 6), fontsize=8)
+            place, side = ((-10, "right") if speed > middle else (10, "left")), (8, -14)[number % 2]
+            axes.annotate(
+                name, (speed, drop), textcoords="offset points", xytext=(place[0], side), ha=place[1], fontsize=8
+            )
         front = sorted((trial.speed, max(trial.drop or 0.0, 0.0)) for trial in self.front())
         axes.plot(*zip(*front, strict=True), "--", color="grey", linewidth=1) if front else None
         axes.axhline(self.limit, color="tab:red", linewidth=1)
@@ -174,6 +184,9 @@ class Search:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         return buffer.getvalue()
+
+    def _done(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.finite is not None and trial.speeds]
 
     def _mark(self, name: str) -> str:
         return "<- taken" if name == self.chosen else ""

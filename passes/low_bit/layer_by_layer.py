@@ -17,7 +17,7 @@ from .linear_weights import Weight
 from .nbits_nodes import Coded
 from .streams import MASK, Stream, same_values, stage_order, token_rows
 
-_MEMORY = 192 << 20  # bytes of activations kept in memory per stream
+_MEMORY = 64 << 20  # bytes of activations kept in memory per stream
 _LARGE = 1 << 18
 _ROUNDS = 2  # of new scales and coordinate descent after GPTQ; more gained nothing on held-out text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -84,10 +85,15 @@ class Weight:
 
     def matrix(self) -> Array:
         """W, float32 [N, K]."""
-        array = constant(self.value)
+        array, tensor = constant(self.value), self.value.const_value
         if array is None:
             raise ValueError(f"{self.name} has no data")
-        return np.ascontiguousarray(array if self.by_outputs else array.T, np.float32)
+        matrix = np.ascontiguousarray(array if self.by_outputs else array.T, np.float32)
+        del array
+        if isinstance(tensor, ir.ExternalTensor):
+            with contextlib.suppress(BufferError):  # the matrix is a view, or others have one
+                tensor.release()  # else the pages that were read stay mapped
+        return matrix
 
     def stored(self, matrix: Array) -> ir.TensorProtocol:
         """``matrix`` [N, K] as a tensor laid out and typed as the initializer is."""

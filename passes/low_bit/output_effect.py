@@ -17,6 +17,7 @@ from .streams import PATIENT, token_rows
 
 _MOST_NUMBERS = 1 << 24  # of the reference's outputs that are kept
 _EFFECT_SAMPLES = 8
+_ROWS = 256  # compared at a time: rows of logits are long
 
 
 class OutputEffect:
@@ -40,7 +41,8 @@ class OutputEffect:
         self._threads = threads
         self.output, self.is_logits = _compared_output(model)
         self._samples: list[tuple[Feeds, np.ndarray]] = []
-        session = open_session(model, session_options(threads=threads, repack=False, ort_config=PATIENT), device)
+        options = session_options(threads=threads, optimize=False, repack=False, ort_config=PATIENT)
+        session = open_session(model, options, device)
         room = _MOST_NUMBERS
         for sample in feeds:
             rows = self._rows(run_session(session, sample, [self.output])[self.output], sample)
@@ -64,13 +66,15 @@ class OutputEffect:
         """The figure for outputs computed elsewhere, one for each of ``samples``."""
         total = weight = 0.0
         for (sample, expected), output in zip(self._samples, outputs, strict=True):
-            rows = self._rows(output, sample)
-            if self.is_logits:
-                total += float((np.exp(expected) * (expected - rows)).sum(dtype=np.float64))
-                weight += len(rows)
-            else:
-                total += float(((expected - rows) ** 2).sum(dtype=np.float64))
-                weight += float((expected**2).sum(dtype=np.float64))
+            found = token_rows(output, sample)
+            for start in range(0, len(expected), _ROWS):
+                part, rows = expected[start : start + _ROWS], found[start : start + _ROWS]
+                if self.is_logits:
+                    total += float((np.exp(part) * (part - _logarithms(rows))).sum(dtype=np.float64))
+                    weight += len(rows)
+                else:
+                    total += float(((part - rows) ** 2).sum(dtype=np.float64))
+                    weight += float((part**2).sum(dtype=np.float64))
         figure = total / max(weight, 1e-30)
         return figure if np.isfinite(figure) else float("inf")
 
@@ -79,8 +83,10 @@ class OutputEffect:
         rows = token_rows(output, sample)
         if not self.is_logits:
             return rows
-        rows = rows - rows.max(axis=-1, keepdims=True)
-        return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+        found = np.empty_like(rows)
+        for start in range(0, len(rows), _ROWS):
+            found[start : start + _ROWS] = _logarithms(rows[start : start + _ROWS])
+        return found
 
 
 class Swap:
@@ -116,6 +122,12 @@ class Swap:
             run_session(self._session, {**sample, **arrays}, [self._effect.output])[self._effect.output]
             for sample in self._effect.samples
         )
+
+
+def _logarithms(rows: np.ndarray) -> np.ndarray:
+    """The logarithmic softmax of each row."""
+    rows = rows - rows.max(axis=-1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
 
 
 def effect_samples(model: ir.Model, context: PassContext, count: int = _EFFECT_SAMPLES) -> list[Feeds]:

@@ -129,6 +129,8 @@ class Stream:
             results = run_session(session, {name: self._store.get(number, name) for name in names}, wanted)
             for name, array in results.items():
                 self._store.put(number, name, array)
+        for value in part.graph.initializers.values():  # the loop pauses the collector of cycles, as graphs are
+            value.const_value = None
 
 
 def token_rows(array: Array, feeds: Feeds) -> Array:

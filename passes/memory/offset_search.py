@@ -1,32 +1,22 @@
-"""Exact search for offsets within a capacity: canonical solutions, section bounds, dominance, decomposition in time.
-
-The ideas are those of Moffitt, "MiniMalloc" (ASPLOS 2023, github.com/google/minimalloc, Apache-2.0); the code is ours.
-What differs: all candidates of a node are judged at once, failed states are remembered, and candidates of one offset
-may also be tried in the order of how little room they waste.
-"""
+"""Exact search for offsets within a capacity: two searches take turns, as each is quick where the other is not."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from .canonical_search import CanonicalSearch, parts_in_time
+from .precedence_search import PrecedenceSearch
+
 Array = np.ndarray[Any, Any]
 Progress = Callable[[str], None]
 
-LARGEST = 600  # buffers of one part that are searched; the search recurses once a buffer
-_FAR = np.int64(1) << 60
-_SLACK = 0.02  # of the capacity: how near to it a section counts as full
-_STEP = 50  # costs within 2 % of each other count as equal
+LARGEST = 600  # buffers of one part that are searched
 # Orders of the buffers (W lifetime, A area, T fullest moment, Z size; largest first); each also with waste in front.
 _ORDERS = ("TAW", "TWA", "WAT", "ZTW")
-
-
-class _LimitReached(Exception):
-    pass
 
 
 def search_offsets(
@@ -46,7 +36,7 @@ def search_offsets(
         ``LARGEST`` buffers.
     """
     offsets = np.zeros(len(start), np.int64)
-    for part in _parts(start, end, np.arange(len(start))):
+    for part in parts_in_time(start, end, np.arange(len(start))):
         if len(part) > LARGEST:
             return None
         found = _search_part(start[part], end[part], size[part], capacity, deadline, progress)
@@ -59,27 +49,52 @@ def search_offsets(
 def _search_part(
     start: Array, end: Array, size: Array, capacity: int, deadline: float, progress: Progress
 ) -> Array | None:
-    """Several orders in turn, each with a growing number of nodes, as a good order needs few."""
-    limit = 2 * len(start)
+    """Both searches in turn, the one that had less time so far first, until one has an answer."""
     times = np.unique(np.concatenate([start, end]))
     first, last = np.searchsorted(times, start), np.searchsorted(times, end)
+    searches = [_canonical(first, last, end - start, size, capacity, deadline)]
+    moments = np.arange(int(last.max()))
+    rank = np.empty_like(size)
+    rank[_order(first, last, end - start, size, _ORDERS[0])] = np.arange(len(size))
+    precedence = PrecedenceSearch((first[:, None] <= moments) & (moments < last[:, None]), size, capacity, rank)
+    if not precedence.too_large:
+        searches.append(_precedence(precedence, deadline))
+    used = [0.0] * len(searches)
     while time.monotonic() < deadline:
+        turn = used.index(min(used))
+        begin = time.monotonic()
+        what, decided, offsets = next(searches[turn])
+        used[turn] += time.monotonic() - begin
+        progress(f"offsets: {len(start)} buffers, {what}")
+        if decided:
+            return offsets
+    return None
+
+
+_Turns = Iterator[tuple[str, bool, Array | None]]  # what was tried, whether that decides it, offsets
+
+
+def _canonical(first: Array, last: Array, duration: Array, size: Array, capacity: int, deadline: float) -> _Turns:
+    """Several orders in turn, each with a growing number of nodes, as a good order needs few."""
+    limit = 2 * len(size)
+    while True:
         for wasteful in (True, False):
             for keys in _ORDERS:
-                order = _order(first, last, end - start, size, keys)
-                search = _Search(first[order], last[order], size[order], capacity, not wasteful, limit, deadline)
-                progress(f"offsets: {len(start)} buffers, order {keys}, up to {limit} nodes")
-                try:
-                    found = search.run()
-                except (_LimitReached, RecursionError):  # undecided; one placement is a level of the search
-                    continue
-                if not found:
-                    return None  # the whole tree was searched
+                order = _order(first, last, duration, size, keys)
+                search = CanonicalSearch(
+                    first[order], last[order], size[order], capacity, not wasteful, limit, deadline
+                )
+                found = search.run()
                 offsets = np.empty_like(size)
                 offsets[order] = search.offsets
-                return offsets
+                yield f"from the bottom, {keys}, {limit} nodes", found is not None, offsets if found else None
         limit *= 2
-    return None
+
+
+def _precedence(search: PrecedenceSearch, deadline: float) -> _Turns:
+    for number, offsets in enumerate(search.runs(deadline)):
+        yield f"precedences, start {number + 1}", offsets is not None, offsets
+    yield "precedences: there are none", True, None
 
 
 def _order(first: Array, last: Array, duration: Array, size: Array, keys: str) -> Array:
@@ -90,170 +105,3 @@ def _order(first: Array, last: Array, duration: Array, size: Array, keys: str) -
     fullest = np.array([load[a:b].max() for a, b in zip(first, last, strict=True)])
     values = {"W": duration, "A": duration * size, "T": fullest, "Z": size}
     return np.lexsort([np.arange(len(size)), *(-values[key] for key in reversed(keys))])
-
-
-def _parts(start: Array, end: Array, among: Array) -> list[Array]:
-    """``among``, cut where nothing is alive; each part keeps the order of ``among``."""
-    by_time = among[np.argsort(start[among], kind="stable")]
-    reach = np.maximum.accumulate(end[by_time])
-    cuts = np.flatnonzero(start[by_time][1:] >= reach[:-1]) + 1
-    return [among] if not len(cuts) else [np.sort(part) for part in np.split(by_time, cuts)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """What is still to be placed of one part.
-
-    Attributes:
-        left: int64 [m], indices of the buffers, ascending.
-        lowest: int64 [m], the lowest offset each can have.
-        members, section: int [k], each buffer of ``left`` once for each section it lives in, by section.
-        offset, index: of the buffer placed last; later ones follow in the order of (offset, index).
-    """
-
-    left: Array
-    lowest: Array
-    members: Array
-    section: Array
-    offset: int
-    index: int
-
-
-class _Search:
-    """Depth-first search over canonical solutions: buffers are placed in the order of their offsets, each as low as
-    those below it allow, so that every packing pressed down is found once.
-
-    Args:
-        first, last: int64 [n], half-open range of sections (times between which nothing begins or ends).
-        size: int64 [n].
-        capacity: bytes.
-        by_waste: whether candidates of one offset are tried in the order of wasted room, else in that of the buffers.
-        limit: nodes to open at most.
-        deadline: when to stop.
-    """
-
-    def __init__(
-        self, first: Array, last: Array, size: Array, capacity: int, by_waste: bool, limit: int, deadline: float
-    ) -> None:
-        self.first, self.last, self.size, self.capacity = first, last, size, capacity
-        self.by_waste, self.limit, self.deadline = by_waste, limit, deadline
-        self.offsets = np.zeros_like(size)
-        self.overlap = (first[:, None] < last) & (first < last[:, None])
-        sections = np.arange(int(last.max()))
-        self.inside = (first[:, None] <= sections) & (sections < last[:, None])
-        self.nodes = 0
-        self._failed: set[bytes] = set()
-        self._local = np.zeros(len(size), np.int64)
-        self._twin = _twins(first, last, size)
-
-    def run(self) -> bool:
-        """Whether there is a solution; it is then in ``offsets``.
-
-        Raises:
-            _LimitReached: not decided within the limits.
-        """
-        section, members = np.nonzero(self.inside.T)
-        everything = np.arange(len(self.size))
-        return self._solve(_State(everything, np.zeros_like(self.size), members, section, 0, 0))
-
-    def _solve(self, state: _State) -> bool:
-        self.nodes += 1
-        if self.nodes > self.limit or time.monotonic() > self.deadline:
-            raise _LimitReached
-        key = _key(state)
-        if key in self._failed:
-            return False
-        left, lowest = state.left, state.lowest
-        if len(left) == 1:
-            self.offsets[left[0]] = lowest[0]
-            return bool(lowest[0] + self.size[left[0]] <= self.capacity)
-        candidates = self._candidates(state)
-        pushed = np.maximum(lowest, (lowest + self.size[left])[candidates, None])
-        after = np.where(self.overlap[left[candidates]][:, left], pushed, lowest)
-        for row in self._promising(state, candidates, after):
-            position = candidates[row]
-            chosen = left[position]
-            self.offsets[chosen] = lowest[position]
-            if all(self._solve(part) for part in self._rest(state, position, after[row])):
-                return True
-        self._failed.add(key)
-        return False
-
-    def _candidates(self, state: _State) -> Array:
-        """Positions in ``state.left`` of what may be placed next, lowest first.
-
-        Not what begins where another would already have ended (it would leave a gap the other fits into), and of
-        buffers that are alike only the first.
-        """
-        left, lowest = state.left, state.lowest
-        top = (np.maximum(lowest, state.offset) + self.size[left]).min()
-        later = (lowest > state.offset) | ((lowest == state.offset) & (left >= state.index))
-        self._local[:] = -1
-        self._local[left] = np.arange(len(left))
-        twin = self._twin[left]
-        alike = (twin >= 0) & (self._local[twin] >= 0)
-        found = np.flatnonzero(later & (lowest < top) & ~alike)
-        return found[np.argsort(lowest[found], kind="stable")]
-
-    def _promising(self, state: _State, candidates: Array, after: Array) -> list[int]:
-        """Rows of ``candidates`` that no section rules out, in the order to try them.
-
-        What is left in a section starts at the lowest offset of its members at the earliest, and must fit above that.
-        """
-        if not len(candidates):
-            return []
-        left, here = state.left, state.lowest[candidates]
-        floor = np.concatenate([np.maximum(after, here[:, None]), np.maximum(state.lowest, state.offset)[None]])
-        floor[np.arange(len(candidates)), candidates] = _FAR
-        begins = np.flatnonzero(np.diff(state.section, prepend=-1))
-        total = np.add.reduceat(self.size[state.members], begins)
-        placed = left[candidates]
-        taken = self.inside[placed][:, state.section[begins]] * self.size[placed][:, None]
-        rest = np.concatenate([total - taken, total[None]])
-        lowest = np.minimum.reduceat(floor[:, self._local[state.members]], begins, axis=1)
-        slack = np.where(rest > 0, self.capacity - lowest - rest, _FAR)
-        good = np.flatnonzero((slack[:-1] >= 0).all(axis=1))
-        if not self.by_waste:
-            return good.tolist()
-        cost = (1.0 / (np.maximum(slack, 0) + _SLACK * self.capacity)).sum(axis=1)
-        rank = np.floor(np.log(cost[good] / cost[-1]) * _STEP)
-        return good[np.lexsort([rank, here[good]])].tolist()
-
-    def _rest(self, state: _State, position: int, after: Array) -> list[_State]:
-        """What is left when the buffer at ``position`` is placed, cut where nothing is alive; smallest part first."""
-        chosen = int(state.left[position])
-        offset = int(state.lowest[position])
-        left, lowest = np.delete(state.left, position), np.delete(after, position)
-        kept = state.members != chosen
-        members, section = state.members[kept], state.section[kept]
-        parts = _parts(self.first, self.last, left)
-        if len(parts) == 1:
-            return [_State(left, lowest, members, section, offset, chosen)]
-        states: list[_State] = []
-        for part in sorted(parts, key=len):
-            inside = np.zeros(len(self.size), bool)
-            inside[part] = True
-            mine = inside[members]
-            own = lowest[np.searchsorted(left, part)]
-            states.append(_State(part, own, members[mine], section[mine], offset, chosen))
-        return states
-
-
-def _key(state: _State) -> bytes:
-    """What decides whether a state can be completed: who is left, and how low each may be placed."""
-    floor = np.maximum(state.lowest, state.offset)
-    floor += (floor == state.offset) & (state.left < state.index)
-    return state.left.astype(np.int16).tobytes() + floor.tobytes()
-
-
-def _twins(first: Array, last: Array, size: Array) -> Array:
-    """For each buffer the one before it with the same lifetime and size, or -1."""
-    seen: dict[tuple[int, int, int], int] = {}
-    twins = np.full(len(size), -1)
-    for index, kind in enumerate(zip(first.tolist(), last.tolist(), size.tolist(), strict=True)):
-        twins[index] = seen.get(kind, -1)
-        seen[kind] = index
-    return twins
-
-
-__all__: Sequence[str] = ["LARGEST", "search_offsets"]

@@ -18,7 +18,8 @@ from ...runtime.memory_stats import can_measure, measure_memory
 from .lifetimes import Flow, Sizes, buffers_in_order, flow_of
 from .offset_search import Progress
 from .offsets import plan_offsets
-from .order_search import best_order, order_bound
+from .order_bounds import order_bound
+from .order_search import best_order
 
 Bindings = Mapping[str, int]
 _NOISE = 0.02  # of the memory measured before
@@ -42,7 +43,8 @@ class PlanMemory(Pass):
        it. ORT cannot load offsets: it plans its own; they are for runtimes with a static arena.
 
     Args:
-        bindings: sizes of the symbolic dims, one set or several; the order is searched for the first.
+        bindings: sizes of the symbolic dims, one set or several; the order is searched for the first. None given: those
+            of the first sample.
         peak_bytes: the arena there is; a plan that needs more is an error that says why.
         measure: run the model in ONNX Runtime to see what it really needs (Linux, a few seconds).
         layout: False also tries without ORT's blocked convolution layout, which reorders nodes but is faster.
@@ -63,7 +65,7 @@ class PlanMemory(Pass):
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        sets = self._sets()
+        sets = self._sets(model, context)
         orders = [self._order(model, graph, sets, context.progress) for _, graph in named_graphs(model)]
         moved = {id(graph): order for (_, graph), order in zip(named_graphs(model), orders, strict=True) if order}
         if self.measure and can_measure() and context.device == "cpu":
@@ -78,10 +80,10 @@ class PlanMemory(Pass):
         self._store(model, sets, context.progress, outcome)
         return outcome
 
-    def _sets(self) -> list[Bindings]:
+    def _sets(self, model: ir.Model, context: PassContext) -> list[Bindings]:
         if isinstance(self.bindings, Mapping):
             return [self.bindings]
-        return list(self.bindings) or [{}]
+        return list(self.bindings) or [_sizes_of(model, next(iter(context.feeds), {}))]
 
     def _order(self, model: ir.Model, graph: ir.Graph, sets: list[Bindings], progress: Progress) -> list[int] | None:
         """A better order for all sets of sizes, or None."""
@@ -201,6 +203,16 @@ def reorder(graph: ir.Graph, order: Sequence[int]) -> None:
     nodes = list(graph)
     graph.remove(nodes)
     graph.extend(nodes[position] for position in order)
+
+
+def _sizes_of(model: ir.Model, sample: Feeds) -> Bindings:
+    """The sizes that the symbolic dims of the inputs have in ``sample``."""
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        if (array := sample.get(value.name or "")) is not None and value.shape is not None:
+            pairs = zip(value.shape, array.shape, strict=False)
+            sizes |= {dim.value: size for dim, size in pairs if isinstance(dim, ir.SymbolicDim) and dim.value}
+    return sizes
 
 
 def _sample(model: ir.Model, sizes: Bindings, feeds: Iterable[Feeds]) -> Feeds:

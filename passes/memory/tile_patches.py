@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.graph import FROM_KEY, PASS_KEY, Names, add_initializer, attribute, dims, make_node, opset, rank
 from .lifetimes import Sizes, flow_of
-from .order_search import order_bound
+from .order_bounds import order_bound
 
 _UNARY = frozenset(
     [

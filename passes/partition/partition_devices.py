@@ -87,11 +87,14 @@ class PartitionDevices(Pass):
             )
         self._write(model, groups, assigned, outcome)
         alone = problem.cost([0] * len(assigned))
+        seconds = problem.cost(assigned)
         figures = {
-            "seconds": problem.cost(assigned),
+            "seconds": seconds,
             "first_device_alone": alone if math.isfinite(alone) else None,
             "weight_bytes": dict(zip(self.devices, problem.held(assigned), strict=True)),
         }
+        share = f"{seconds / alone:.3f} x the time of {self.devices[0]} alone" if alone else "no time"
+        outcome.notes.append(f"predicted: {share}; bytes of weights: {figures['weight_bytes']}")
         Placement("devices", len(self.devices), asked, fingerprint(model), figures).store(model)
         outcome.ort_config = options
         return outcome

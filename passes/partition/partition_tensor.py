@@ -32,11 +32,15 @@ class PartitionTensor(Pass):
     1. Projections in front of attention: columns, by key/value groups; caches likewise. Behind: rows, then AllReduce.
     2. Gate, up or first layer of an MLP: columns. Down or second layer: rows, then AllReduce.
     3. The head: columns (vocabulary), then AllGather. Tables that are large: width, then AllGather.
+    4. Quantized products likewise (MatMulNBits by whole blocks, weights behind DequantizeLinear, MatMulInteger,
+       MatMulIntegerToFloat); where their sum cannot be taken in parts (QLinearMatMul rounds it, dynamic quantization
+       needs the range of the whole, a block has heads of two ranks): columns, then AllGather.
 
     It reads what the operators mean, fused or not: MatMul, Gemm, Attention-23, MultiHeadAttention, GroupQueryAttention
     (Q, K, V packed or not), merged gate and up, rotations, reshapes. The graph itself stays as it is; what differs by
     rank goes into its metadata (``onnxlathe.placement``), and ``Compiled.save_ranks`` writes a file a rank, with the
-    exchanges as com.microsoft.AllReduce and AllGather. Refusals name the products that every rank has whole.
+    exchanges as com.microsoft.AllReduce and AllGather. Refusals name the weights that every rank has whole, and where a
+    division ended.
 
     Args:
         ranks: how many.
@@ -68,6 +72,9 @@ class PartitionTensor(Pass):
                     "Take a number of ranks that divides the query heads and the key/value heads.",
                 )
             outcome.refuse(node, _RULE, str(reason))
+        for node, value in sharder.whole_weights():
+            if node not in sharder.reasons:
+                outcome.refuse(node, _RULE, f"every rank has all of {value.name}: {node.op_type} is not divided")
         if not edits["collectives"]:
             raise PlanError(
                 "No weight of this model can be divided over ranks.", "Tensor parallelism needs MatMul or Gemm layers."

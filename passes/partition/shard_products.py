@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .sharder import Sharder
 
 _SMALLEST = 0.001  # of all weights: a smaller weight stays whole
-_TABLE = 0.01
+LARGE = 0.01
+"""Of all weights: a smaller table stays whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _cut_rows_of_blocks(sharder: Sharder, node: ir.Node, split: Split) -> None:
 
 def _begin_table(sharder: Sharder, node: ir.Node) -> None:
     weight, output = node.inputs[0], node.outputs[0]
-    if weight is None or not sharder.is_constant(weight) or sharder.share(weight) < _TABLE:
+    if weight is None or not sharder.is_constant(weight) or sharder.share(weight) < LARGE:
         return
     shape = sharder.shape(weight)
     if len(shape) != 2:
@@ -210,7 +211,7 @@ def _begin_quantized_table(sharder: Sharder, node: ir.Node) -> None:
     stored = reshaped.inputs[0] if reshaped is not None else data
     parameters = [value for value in (stored, scales, zero_points) if value is not None]
     known = data is not None and all(sharder.is_constant(value) for value in parameters)
-    if not known or data is None or attribute(node, "gather_axis", 0) != 0 or sharder.share(stored) < _TABLE:
+    if not known or data is None or attribute(node, "gather_axis", 0) != 0 or sharder.share(stored) < LARGE:
         return
     shape, output = sharder.shape(data), node.outputs[0]
     others = range(2, 2 + len(parameters[1:]))

@@ -23,7 +23,7 @@ from ...compiler.graph import attribute, is_op, subgraphs
 from ...runtime.divided.collectives import ALL_GATHER, ALL_REDUCE
 from ...runtime.divided.parts import reads
 from ...runtime.node_profile import Shape
-from .shard_products import begin, is_quantized
+from .shard_products import LARGE, begin, is_quantized
 from .shard_rules import follow
 from .splits import CannotSplit, Sources, Split
 
@@ -73,6 +73,17 @@ class Sharder:
                 continue
             self.edits["values"] = {v.name: s.to_data() for v, s in self.splits.items()}
             return self.edits
+
+    def whole_weights(self) -> list[tuple[ir.Node, ir.Value]]:
+        """After the search: large weights that every rank has whole, with who reads them."""
+        cut = {(edit["node"], edit["input"]) for edit in self.edits["slices"]}
+        read = [(node, index, value) for node in self.model.graph for index, value in enumerate(node.inputs)]
+        return [
+            (node, value)
+            for node, index, value in read
+            if value is not None and self.is_constant(value) and self.share(value) >= LARGE
+            if (node.name, index) not in cut
+        ]
 
     def shape(self, value: ir.Value) -> Shape:
         """The shape that ``value`` had."""

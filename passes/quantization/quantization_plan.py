@@ -14,6 +14,7 @@ from ...compiler.graph import constant, is_op, only_consumer, producer, rank, su
 from ...runtime.providers import Device
 from ...runtime.quantization import QuantSpec
 from ...runtime.quantization_support import predict, product_problem
+from .integer_data import data_inputs, integer_ends, keeps_zero
 
 Filter = str | Callable[[ir.Node], bool]
 RULE = "float -> int8"
@@ -206,7 +207,7 @@ class _Planner:
         if value.dtype != ir.DataType.FLOAT:
             return False
         maker = value.producer()
-        if maker is not None and _keeps_zero(maker) and only_consumer(before := data_inputs(maker)[0]) is maker:
+        if maker is not None and keeps_zero(maker) and only_consumer(before := data_inputs(maker)[0]) is maker:
             inner = before.producer()
             return inner is not None and inner in running and predict(inner.op_type).needs_output
         if maker is not None and maker in running and predict(maker.op_type).needs_output:
@@ -250,7 +251,7 @@ class _Planner:
         """The value behind ``node`` (behind its Relu or Clip) only exists as integers."""
         value = node.outputs[0]
         after = only_consumer(value)
-        if after is not None and after.graph is self.graph and _keeps_zero(after):
+        if after is not None and after.graph is self.graph and keeps_zero(after):
             value = after.outputs[0]
         self.result.activations.setdefault(value.name or "", self.options.activation)
         self.result.replaced.add(value.name or "")
@@ -274,7 +275,7 @@ class _Planner:
         spec = self.result.activations.get(name)
         if (
             spec is None
-            or not _keeps_zero(node)
+            or not keeps_zero(node)
             or (node.outputs[0].is_graph_output() and name not in self.result.replaced)
         ):
             return
@@ -288,53 +289,3 @@ class _Planner:
 
 def _overridable(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.is_graph_input()
-
-
-def data_inputs(node: ir.Node) -> list[ir.Value]:
-    """The inputs of ``node`` that an integer kernel takes as quantized data."""
-    if node.op_type in ("MatMul", "Gemm", "Conv", "Add", "Mul"):
-        return [value for value in node.inputs[:2] if value is not None]
-    if node.op_type == "Where":
-        return [value for value in node.inputs[1:3] if value is not None]
-    if node.op_type == "Concat":
-        return [value for value in node.inputs if value is not None]
-    return [value for value in node.inputs[:1] if value is not None]
-
-
-def integer_ends(value: ir.Value) -> list[ir.Value]:
-    """``value`` and what data movement and clipping make of it."""
-    found, todo = [value], [value]
-    while todo:
-        for use in todo.pop().uses():
-            node = use.node
-            moves = not node.domain and (predict(node.op_type).execution == "folded" or is_op(node, "Relu", "Clip"))
-            if moves and use.idx == 0:
-                for output in node.outputs:
-                    found.append(output)
-                    todo.append(output)
-    return found
-
-
-def _keeps_zero(node: ir.Node) -> bool:
-    """Whether ``node`` is Relu, or Clip from a constant zero on, so that a quantized range can say the same."""
-    if not is_op(node, "Relu", "Clip"):
-        return False
-    top = node.inputs[2] if len(node.inputs) > 2 else None
-    if top is not None and constant(top, limit=1) is None:
-        return False
-    low, high = clip_bounds(node)
-    return low == 0.0 and (high is None or high > 0.0)
-
-
-def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
-    """Constant bounds of Relu or Clip; None where there is none or it is computed."""
-    if node.op_type == "Relu":
-        return 0.0, None
-    bounds: list[float | None] = []
-    for index, name in ((1, "min"), (2, "max")):
-        array = constant(node.inputs[index], limit=1) if len(node.inputs) > index else None
-        if array is not None:
-            bounds.append(float(array.reshape(-1)[0]))
-        else:
-            bounds.append(node.attributes[name].as_float() if name in node.attributes else None)
-    return bounds[0], bounds[1]

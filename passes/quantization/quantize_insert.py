@@ -24,7 +24,8 @@ from ...compiler.graph import (
 from ...runtime.quantization import QuantSpec
 from ...runtime.ranges import TensorRange
 from ..matching import next_node, other_operand
-from .quantization_plan import QuantPlan, clip_bounds, data_inputs
+from .integer_data import clip_bounds, data_inputs
+from .quantization_plan import QuantPlan
 
 _INT32 = 2**31 - 1
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from ...runtime.quantization import QuantType
-from .quantization_plan import Filter, QuantPlan, data_inputs, matches
+from .integer_data import data_inputs
+from .quantization_plan import Filter, QuantPlan, matches
 
 _WIDE: dict[str, QuantType] = {"uint8": "uint16", "int8": "int16"}
 

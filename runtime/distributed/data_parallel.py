@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-import queue
 import statistics
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..benchmark import interleaved
 from ..errors import ModelError, RuntimeUnavailable
 from ..feeds import check_feeds
 from ..rows import batch_inputs, count_rows, even_sizes, join_rows, split_rows
 from ..session import Session
-from .workers import Engine, Feeds, RayWorkers, ThreadWorkers, WorkerDied, Workers, resolve_engine
+from .batcher import Batcher
+from .workers import Array, Engine, Feeds, RayWorkers, ThreadWorkers, WorkerDied, Workers, resolve_engine
 
-Array = np.ndarray[Any, Any]
 _AHEAD = 2  # shards a worker has at once: the next one waits where it is needed
 _ROUNDS = 3  # of best_setting
+_STREAM = 4  # batches a core in a round
 _SHARDS = 2  # shards of a batch for each worker, so that a slow one does not hold up the rest
 
 
@@ -86,7 +80,7 @@ class DataParallel:
         else:
             self.workers = ThreadWorkers(session, workers)
         self._lives = [0] * workers  # how often each was started again
-        self._batcher: _Batcher | None = None
+        self._batcher: Batcher | None = None
 
     @property
     def restarts(self) -> int:
@@ -120,6 +114,9 @@ class DataParallel:
         if not set(names) <= set(inputs):
             check_feeds(self.inputs, inputs, "the inputs of run()")  # says which are missing
         rows = count_rows(inputs, names)
+        if isinstance(self.workers, ThreadWorkers) and progress is None:  # nobody dies, and hand-overs cost time
+            sizes = even_sizes(rows, self.workers.count)
+            return join_rows(self.workers.run_all(split_rows(inputs, names, sizes)), sizes)
         sizes = even_sizes(rows, self.workers.count * _SHARDS)
         results: list[dict[str, Array]] = []
         for result in self.map(split_rows(inputs, names, sizes)):
@@ -170,7 +167,7 @@ class DataParallel:
         """
         check_feeds(self.inputs, row, "the inputs of submit()")
         if self._batcher is None:
-            self._batcher = _Batcher(self, batch_inputs(self.inputs), largest, patience)
+            self._batcher = Batcher(self.workers, batch_inputs(self.inputs), largest, patience)
         return self._batcher.add(row)
 
     def _start(
@@ -211,87 +208,12 @@ class DataParallel:
             self._start(shard.index, shard.feeds, load, running, failed=shard.worker)
 
 
-class _Batcher:
-    """Collects rows for a moment, runs them as one batch, and hands the results back."""
-
-    def __init__(self, parallel: DataParallel, names: list[str], largest: int, patience: float) -> None:
-        self._parallel, self._names = parallel, names
-        self._largest, self._patience = largest, patience
-        self._waiting: queue.Queue[tuple[Feeds, Future[dict[str, Array]]] | None] = queue.Queue()
-        self._next = 0
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def add(self, row: Feeds) -> Future[dict[str, Array]]:
-        future: Future[dict[str, Array]] = Future()
-        self._waiting.put((row, future))
-        return future
-
-    def close(self) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            group, rows = [item], count_rows(item[0], self._names)
-            until = time.monotonic() + self._patience
-            last: Any = ()
-            while rows < self._largest and (left := until - time.monotonic()) > 0:
-                try:
-                    last = self._waiting.get(timeout=left)
-                except queue.Empty:
-                    break
-                if last is None:
-                    break
-                group.append(last)
-                rows += count_rows(last[0], self._names)
-            for members in _alike(group, self._names):
-                self._run(members)
-            if last is None:
-                return
-
-    def _run(self, members: list[tuple[Feeds, Future[dict[str, Array]]]]) -> None:
-        feeds = [feeds for feeds, _ in members]
-        sizes = [count_rows(item, self._names) for item in feeds]
-        batch = {
-            name: np.concatenate([item[name] for item in feeds]) if name in self._names else array
-            for name, array in feeds[0].items()
-        }
-        self._next = (self._next + 1) % self._parallel.workers.count
-        running = self._parallel.workers.submit(self._next, batch)
-        running.add_done_callback(lambda future: _hand_out(future, [future for _, future in members], sizes))
-
-
-def _alike(
-    group: list[tuple[Feeds, Future[dict[str, Array]]]], names: list[str]
-) -> list[list[tuple[Feeds, Future[dict[str, Array]]]]]:
-    """Members whose rows have one shape, and whose other inputs are equal."""
-    found: dict[Any, list[tuple[Feeds, Future[dict[str, Array]]]]] = {}
-    for feeds, future in group:
-        key = tuple((n, a.shape[1:] if n in names else a.tobytes()) for n, a in sorted(feeds.items()))
-        found.setdefault(key, []).append((feeds, future))
-    return list(found.values())
-
-
-def _hand_out(done: Future[dict[str, Array]], members: list[Future[dict[str, Array]]], sizes: list[int]) -> None:
-    try:
-        whole = done.result()
-        ends = np.cumsum([0, *sizes])
-        for name, array in whole.items():
-            if len(array) != ends[-1]:
-                raise ModelError(f"Output {name!r} has not a row for each input row.", "Run the model whole.")
-    except Exception as error:
-        for member in members:
-            member.set_exception(error)
-        return
-    for member, start, end in zip(members, ends[:-1], ends[1:], strict=True):
-        member.set_result({name: array[start:end] for name, array in whole.items()})
-
-
 def best_setting(
     artifact: str | os.PathLike[str], inputs: Mapping[str, Array], seconds: float = 3.0
 ) -> tuple[int, int]:
-    """The fastest (workers, threads of each) for batches like ``inputs`` on this machine's cores, measured in turns.
+    """The fastest (workers, threads of each) for a stream of batches like ``inputs`` on this machine's cores.
+
+    Each setting runs alone, in turns, and takes the batches through ``DataParallel.map``.
 
     Args:
         artifact: path of a ``.onnx`` file.
@@ -300,11 +222,12 @@ def best_setting(
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = [(cores // threads, threads) for threads in range(1, cores + 1) if cores % threads == 0]
+    stream = [inputs] * _STREAM * cores
     times: dict[tuple[int, int], list[float]] = {setting: [] for setting in settings}
     for _ in range(_ROUNDS):
         for workers, threads in settings:  # one open at a time: idle sessions' threads would take its cores
             with DataParallel(artifact, workers, threads=threads, engine="threads") as parallel:
                 budget = seconds / _ROUNDS / len(settings)
-                timing = interleaved([functools.partial(parallel.run, inputs)], budget=budget)[0]
+                timing = interleaved([lambda parallel=parallel: list(parallel.map(stream))], budget=budget)[0]
             times[workers, threads].append(timing.median)
     return min(settings, key=lambda setting: statistics.median(times[setting]))

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..generation.causal_lm import CacheTensor
 from ..generation.kv_cache import Cache, make_cache
 from ..memory import BufferPool
-from ..providers import resolve_device
+from ..providers import Device, resolve_device
 
 Array = np.ndarray[Any, Any]
 Grown = tuple[int, int, int]
@@ -35,7 +35,7 @@ class PartActor:
 
     def __init__(self, folder: str, number: int, device: str, threads: int) -> None:
         manifest = read_manifest(Path(folder))
-        self._device = resolve_device(device)
+        self._device: Device = resolve_device(device)
         self._parted = PartedSession(open_part(Path(folder), manifest, number, self._device, threads), [], self._device)
         following = manifest.parts[number + 1 :] if manifest.kind == "stages" else ()
         self._later = {info.name for part in following for info in part.inputs}
@@ -83,11 +83,12 @@ class PartActor:
             ModelError: ONNX Runtime fails.
         """
         binding, cache = self._binding(run), self._caches.get(run)
+        like_ort: Any = binding
         last = step == len(self._parted.steps) - 1
         for name, array in values.items():
             binding.give(name, array)
         if cache is not None and step == 0:
-            cache.bind(binding, grown[2])
+            cache.bind(like_ort, grown[2])
             for tensor in self._seen:  # untouched pages cost no memory
                 shape = (grown[0], tensor.heads, grown[1], tensor.size)
                 binding.bind_cpu_input(tensor.past, np.zeros(shape, tensor.dtype.numpy()))

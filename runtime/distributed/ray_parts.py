@@ -58,7 +58,9 @@ class Parts(Divided):
         options = [{"scheduling_strategy": place, **share} for place in places]
         self.actors = [remote.options(**options[n]).remote(path, n, device, threads) for n in numbers]
         model = self.manifest.language_model()
-        self.counts = [0 if model is None else len(part_caches(self.manifest, model, number)) for number in numbers]
+        self.counts: Sequence[int] = [
+            0 if model is None else len(part_caches(self.manifest, model, number)) for number in numbers
+        ]
         self._numbers = itertools.count()
         self._caches = self._new_cache
 

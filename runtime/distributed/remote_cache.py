@@ -20,8 +20,10 @@ Array = np.ndarray[Any, Any]
 class Actors(Protocol):
     """Who has the memory."""
 
-    counts: Sequence[int]
-    """Tensors of the cache that each has."""
+    @property
+    def counts(self) -> Sequence[int]:
+        """Tensors of the cache that each has."""
+        ...
 
     def number(self) -> int:
         """A number that was not used yet."""
@@ -47,11 +49,8 @@ class RemoteCache:
 
     def __init__(self, actors: Actors, number: int, local: Cache) -> None:
         self._actors, self.number, self._local = actors, number, local
+        self.capacity = local.capacity
         weakref.finalize(self, actors.forget, number).atexit = False
-
-    @property
-    def capacity(self) -> int:
-        return self._local.capacity
 
     def width(self, lengths: Array) -> int:
         return self._local.width(lengths)
@@ -68,6 +67,7 @@ class RemoteCache:
     def reserve(self, length: int, limit: int | None) -> bool:
         if not self._local.reserve(length, limit):
             return False
+        self.capacity = self._local.capacity
         self._tell("call", "reserve", length, limit)
         return True
 
@@ -105,7 +105,7 @@ class RemoteBinding:
     def __init__(self) -> None:
         self.inputs: dict[str, Array] = {}
         self.cache = self.new = 0
-        self.logits: Array | None = None
+        self.logits: Array = np.empty(0)
 
     def bind_cpu_input(self, name: str, array: Array) -> None:
         """Takes an input."""

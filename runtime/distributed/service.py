@@ -9,13 +9,14 @@ import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import LatheError, ModelError
+from ..feeds import check_feeds
 from ..generation.causal_lm import EOS_KEY
 from ..generation.tokenizer import TextStream, eos_beside, load_tokenizer, tokenizer_file
 from ..session import Session
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 _SAMPLING = {"temperature": (int, float), "top_k": int, "top_p": (int, float), "seed": int, "max_new_tokens": int}
+_FIELDS = {"/predict": {"inputs"}, "/generate": {"prompt", "stream", *_SAMPLING}}
+_ROUTES = {"/health": ("GET", "HEAD"), "/metrics": ("GET", "HEAD"), "/predict": ("POST",), "/generate": ("POST",)}
 
 
 class _Refused(Exception):
@@ -69,6 +72,8 @@ class Service:
         self._tokenizer: Any = load_tokenizer(path) if tokenizer_file(path) is not None else None
         self._eos = None if EOS_KEY in self._session.metadata else eos_beside(Path(path))
         self._counts: Counter[str] = Counter()
+        self._running: set[threading.Event] = set()  # texts that are generated
+        self._tokens = 0
 
     async def answer(self, request: Request) -> Response:
         """The response to ``request``; never raises."""
@@ -94,29 +99,55 @@ class Service:
 
     async def _route(self, request: Request) -> Mapping[str, Any] | str | AsyncIterator[str]:
         path = request.url.path.rstrip("/")
-        if request.method == "GET" and path == "/health":
+        if path not in _ROUTES:
+            raise _Refused(404, "There are /predict, /generate, /health and /metrics.")
+        if request.method not in _ROUTES[path]:
+            raise _Refused(405, f"Use {_ROUTES[path][0]}.")
+        if path == "/health":
             return {"status": "ok"}
         self._check_token(request)
-        if request.method == "GET" and path == "/metrics":
-            lines = [f'onnxlathe_requests_total{{status="{code}"}} {n}' for code, n in sorted(self._counts.items())]
-            return "\n".join(["# TYPE onnxlathe_requests_total counter", *lines, ""])
-        if path not in ("/predict", "/generate"):
-            raise _Refused(404, "There are /predict, /generate, /health and /metrics.")
-        if request.method != "POST":
-            raise _Refused(405, "Use POST.")
+        if path == "/metrics":
+            return self._metrics()
         body = await self._body(request)
+        if unknown := sorted(body.keys() - _FIELDS[path]):
+            raise _Refused(400, f"{path} knows no {unknown}. It takes: {', '.join(sorted(_FIELDS[path]))}.")
         if path == "/predict":
             return await self._predict(body)
+        stream = body.get("stream", False)
+        if not isinstance(stream, bool):
+            raise _Refused(400, f'"stream" cannot be {stream!r}.')
         tokens = self._generate(self._prompt(body), self._options(body))
-        if body.get("stream", False):
-            return (json.dumps(item) + "\n" async for item in tokens)
-        items = [item async for item in tokens]
-        if items and "error" in items[-1]:
-            raise _Refused(400, items[-1]["error"])
+        first = await anext(tokens)  # what is wrong with the request shows here
+        if "error" in first:
+            await tokens.aclose()
+            raise _Refused(400, first["error"])
+        if stream:
+            return _lines(first, tokens)
+        items = [first, *[item async for item in tokens]]
+        if "error" in items[-1]:
+            raise _Refused(500, items[-1]["error"])
         return {
             "tokens": [item["token"] for item in items if "token" in item],
             "text": "".join(i["text"] for i in items),
         }
+
+    def _metrics(self) -> str:
+        """Prometheus' text."""
+        counts = [f'onnxlathe_requests_total{{status="{code}"}} {n}' for code, n in sorted(self._counts.items())]
+        return "\n".join(
+            [
+                "# HELP onnxlathe_requests_total Requests answered, by status.",
+                "# TYPE onnxlathe_requests_total counter",
+                *counts,
+                "# HELP onnxlathe_texts_running Texts that are generated now.",
+                "# TYPE onnxlathe_texts_running gauge",
+                f"onnxlathe_texts_running {len(self._running)}",
+                "# HELP onnxlathe_tokens_total Tokens generated.",
+                "# TYPE onnxlathe_tokens_total counter",
+                f"onnxlathe_tokens_total {self._tokens}",
+                "",
+            ]
+        )
 
     def _check_token(self, request: Request) -> None:
         if self._limits.token is None:
@@ -151,11 +182,12 @@ class Service:
                 feeds[name] = np.asarray(nested, None if kind is None else kind.numpy())
             except (ValueError, TypeError, OverflowError) as error:
                 raise _Refused(400, f"Input {name!r} is no array of {kind}: {error}.") from error
+        check_feeds(self._session.inputs, feeds, "the request")
         done = self._parallel.submit(feeds, largest=self._limits.max_rows)
         results = await asyncio.wrap_future(done)
         return {"outputs": {name: array.tolist() for name, array in results.items()}}
 
-    async def _generate(self, prompt: list[int], options: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _generate(self, prompt: list[int], options: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """One ``{"token", "text"}`` a token, then the rest of the text; or ``{"error"}``."""
         stream = TextStream(self._tokenizer) if self._tokenizer is not None else None
         items: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
@@ -172,13 +204,17 @@ class Service:
                 items.put(None)
             except Exception as error:
                 items.put(error)
+            finally:
+                self._running.discard(gone)
 
+        self._running.add(gone)
         threading.Thread(target=work, daemon=True).start()
         try:
             while (item := await asyncio.to_thread(items.get)) is not None:
                 if isinstance(item, Exception):
                     yield {"error": str(item), "text": ""}
                     return
+                self._tokens += 1
                 yield {"token": item, "text": stream.push(item) if stream is not None else ""}
             yield {"done": True, "text": stream.finish() if stream is not None else ""}
         finally:
@@ -205,3 +241,13 @@ class Service:
         if options["max_new_tokens"] > self._limits.max_new_tokens:
             raise _Refused(400, f'"max_new_tokens" may be {self._limits.max_new_tokens} at most.')
         return options
+
+
+async def _lines(first: dict[str, Any], rest: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
+    """A JSON object a line; whoever stops reading stops ``rest``."""
+    try:
+        yield json.dumps(first) + "\n"
+        async for item in rest:
+            yield json.dumps(item) + "\n"
+    finally:
+        await rest.aclose()

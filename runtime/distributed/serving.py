@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import load
+from ..errors import RuntimeUnavailable
 from .service import Limits, Service
 from .workers import connected_ray
 
@@ -48,18 +51,34 @@ def start_server(
 
     Raises:
         ModelError: no such file, or not a model.
-        RuntimeUnavailable: Ray is not installed.
+        RuntimeUnavailable: Ray is not installed, or somebody listens at the port.
     """
     path = Path(artifact).resolve()
     load(path)  # a clear error here rather than in a replica
+    _require_free(host, port)
     connected_ray()
     from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     share = {"num_gpus": 1} if device == "cuda" else {"num_cpus": max(1, threads)}
     options: dict[str, Any] = {"num_replicas": workers, "ray_actor_options": share, "max_ongoing_requests": 1000}
     serve.start(http_options={"host": host, "port": port})
     deployment: Any = serve.deployment(**options)(_Deployment)
     serve.run(deployment.bind(str(path), device, threads, limits or Limits()), name="onnxlathe", route_prefix="/")
+
+
+def _require_free(host: str, port: int) -> None:
+    """Ray Serve would share a port that another server has, and both would answer."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            if os.name == "posix":  # connections that have just ended do not count; on Windows it means sharing
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise RuntimeUnavailable(
+            f"Cannot listen at {host}:{port}: {error}.", "Give another --port or --host."
+        ) from error
 
 
 def stop_server() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -93,6 +93,12 @@ class ThreadWorkers:
 
     def submit(self, worker: int, feeds: Feeds) -> Future[dict[str, Array]]:
         return self._pools[worker].submit(self._session.run, feeds)
+
+    def run_all(self, shards: Sequence[Feeds]) -> list[dict[str, Array]]:
+        """Runs shards at once, at most one for each worker; the last in the caller's thread, which would only wait."""
+        others = [self.submit(worker, shard) for worker, shard in enumerate(shards[:-1])]
+        last = self._session.run(shards[-1])
+        return [*(future.result() for future in others), last]
 
     def restart(self, worker: int) -> None:
         pass  # a thread does not die alone
