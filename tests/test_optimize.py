@@ -498,5 +498,9 @@ def test_for_real(
     assert stored["chosen"] == ("cpu-fp32" if trial["speed"] >= 1 else "original")
     np.testing.assert_allclose(outputs(output, [sample])[0], outputs(model, [sample])[0], rtol=1e-4, atol=1e-5)
     assert (tmp_path / "model.speed.svg").exists()
+    code, printed, _ = command("--max-drop", "0", "--samples", str(tmp_path / "sample.npz"), "--bundle")
+    assert code == 0 and (tmp_path / "model.speed.bundle").is_dir()
+    code, _, error = command("--passes", "basic", "--tolerance", "1")
+    assert code == 2 and "--goal goes without --passes, --tolerance" in error
     code, _, error = command("--max-drop", "much")
     assert code == 2 and "'much'" in error
