@@ -36,8 +36,9 @@ class PlanMemory(Pass):
 
     1. The order of the nodes of each graph becomes the best that ``order_search`` finds; never one that needs more.
        ONNX Runtime is asked to keep it (``execution_order``), and with ``measure`` the order and the session options
-       with the lowest measured peak are taken: planned order or given, with or without ORT's memory pattern. Where
-       nothing is measured to be lower, order and options stay as they were, and the notes say so.
+       with the lowest measured peak are taken: planned order or given, asked for or as ORT would run that file, with or
+       without its memory pattern. Where nothing is measured to be lower, order and options stay as they were, and the
+       notes say so.
     2. A ``MemoryPlan`` of each graph (bodies of If and Loop are arenas of their own) and each set of sizes goes into
        the model's metadata (``onnxlathe.memory_plan``); ``onnxlathe inspect --memory`` shows it, ``c_header`` exports
        it. ORT cannot load offsets: it plans its own; they are for runtimes with a static arena.
@@ -108,6 +109,9 @@ class PlanMemory(Pass):
         for variant, graph in (("planned order", planned), ("given order", model)):
             if graph is None:
                 continue
+            if graph is planned:  # fusions and the blocked layout can undo an order that is asked for, and follow this
+                tries.append((f"{variant}, run ORT's way", graph, {}))
+                tries.append((f"{variant}, run ORT's way, no memory pattern", graph, _NO_PATTERN))
             tries.append((variant, graph, _PRIORITY))
             tries.append((f"{variant}, no memory pattern", graph, {**_PRIORITY, **_NO_PATTERN}))
             if not self.layout:
