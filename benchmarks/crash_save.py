@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +56,13 @@ def main() -> int:
 
 def _kills(kind: str, folder: Path, moments: int, rng: random.Random) -> tuple[int, list[str]]:
     path = folder / "m.onnx"
-    _SAVE[kind](_model(0), path, 0)
+    start = time.monotonic()
+    os.waitpid(_forked(kind, path, [0]), 0)
+    usual = time.monotonic() - start
     numbers, problems = {0}, []
     for moment in range(1, moments + 1):
-        child = os.fork()
-        if not child:
-            _save_forever(kind, path, moment * 1_000)
-        time.sleep(rng.uniform(0.01, 0.3))
+        child = _forked(kind, path, itertools.count(moment * 1_000))
+        time.sleep(rng.uniform(0, 2 * usual))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         try:
@@ -72,12 +72,17 @@ def _kills(kind: str, folder: Path, moments: int, rng: random.Random) -> tuple[i
     return len(numbers), problems
 
 
-def _save_forever(kind: str, path: Path, first: int) -> None:
+def _forked(kind: str, path: Path, numbers: Iterable[int]) -> int:
+    """A child that saves artifacts of these numbers; onnxruntime runs in children only, as its threads do not fork."""
+    child = os.fork()
+    if child:
+        return child
     try:
-        for number in itertools.count(first):
+        for number in numbers:
             _SAVE[kind](_model(number), path, number)
-    finally:
-        os._exit(3)  # only an error gets here: the artifact is then the old one for ever
+    except BaseException as error:
+        print(f"{kind}: {error}", file=sys.stderr)
+    os._exit(0)
 
 
 def _model(number: int) -> ir.Model:

@@ -162,6 +162,8 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     figures = {"pruned": judge(student)}
     print("pruned:", notes, figures, sep="\n", flush=True)
     if options.prune:
+        content = {**figures, "sentences": {"pruned on": options.sentences}, "notes": notes.splitlines()}
+        print(write_result("distillation_minilm_pruned", options.threads, content, set()))
         return
     began = time.monotonic()
     with Console(stderr=True).status("training") as status:

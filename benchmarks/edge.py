@@ -33,7 +33,7 @@ from web import browser_page, problem, served
 import onnxlathe as lathe
 from onnxlathe.compiler.bundle import bundle_folder
 from onnxlathe.models.stories import BOS, stories_tokenizer
-from onnxlathe.runtime.artifact import save
+from onnxlathe.runtime.artifact import load, save
 
 ENCODERS = {"minilm-fp32": "cpu-fp32", "minilm-int8": "cpu-int8", "minilm-int4": "cpu-int4", "minilm-edge": "edge"}
 DECODERS: dict[str, list[Any] | str] = {
@@ -102,14 +102,14 @@ def _environment(folder: Path) -> Path:
 def _write_bundles(folder: Path) -> None:
     from onnxlathe.models import zoo
 
-    entry = zoo.build("minilm")
-    model = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False)
-    save(model, folder / f"{ORIGINAL}.onnx")
+    original = folder / f"{ORIGINAL}.onnx"
+    if not original.exists():
+        entry = zoo.build("minilm")
+        save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False), original)
     calibration = batches(sentences()[:64], 8)
     np.savez(folder / "sample.npz", **calibration[0])
     for name, passes in ENCODERS.items():
-        if not bundle_folder(folder / f"{name}.onnx").exists():
-            _save(model, passes, calibration, folder / f"{name}.onnx")
+        _save(load(original), passes, calibration, folder / f"{name}.onnx")
     stories = lathe.export_causal_lm(zoo.build("stories260k").module, check=False)
     ids = np.array([[BOS, *stories_tokenizer().encode("Once upon a time, there was a").ids]], np.int64)
     sample = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
@@ -120,6 +120,8 @@ def _write_bundles(folder: Path) -> None:
 
 
 def _save(model: Any, passes: Any, calibration: list[Any], path: Path) -> None:
+    if bundle_folder(path).exists():
+        return
     out = lathe.compile(
         model, passes, calibration=calibration, target="web", speed_gate=False, threads=2, progress=False
     )

@@ -3,7 +3,9 @@
     python benchmarks/memory.py [--only offsets|graphs|ort|growth|prefix] [--instances FOLDER]
 
 Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size and ORT's own way
-(best fit in order of start). Graphs: bound of the order found / of the given order, arena / bound. ORT: measured peak
+(best fit in order of start). Graphs: bound of the order found / of the given order
+(that of torch's exporter: the order in which the module runs), whether a complete search or a bound of every order
+proves it the best, arena / bound, onnxsim's arena for the given order. ORT: measured peak
 of a run with the plan / without, each in a process of its own. Growth: seconds for chains with branches of 1k to 10k
 nodes. Prefix: time to the first token of a prompt of 1000 tokens whose first 900 were seen before / without, on the
 135M Llama (random weights).
@@ -13,22 +15,31 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import write_result
+from peers import python_of
 from rich.console import Console
 from rich.table import Table
 
 import onnxlathe as lathe
 from onnxlathe.compiler.load import infer_shapes
-from onnxlathe.compiler.memory_plan import read_plans
+from onnxlathe.compiler.memory_plan import MemoryPlan, read_plans
 from onnxlathe.models import zoo
 from onnxlathe.models.decoder import decoder
+from onnxlathe.passes.memory.lifetimes import Sizes, flow_of
 from onnxlathe.passes.memory.offsets import lower_bound, place_greedily, plan_offsets
-from onnxlathe.passes.memory.plan_memory import PlanMemory, plan_model
+from onnxlathe.passes.memory.order_bounds import least_bound, order_bound
+from onnxlathe.passes.memory.order_search import proven_best
+from onnxlathe.passes.memory.plan_memory import PlanMemory
+from onnxlathe.runtime.artifact import save
+from onnxlathe.runtime.feeds import make_feeds
+from onnxlathe.runtime.memory_stats import measure_memory
 
 CAPACITY = 1_048_576
 _FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
@@ -63,22 +74,56 @@ def offsets(folder: Path) -> dict[str, Any]:
 
 
 def graphs() -> dict[str, Any]:
-    """Every graph: order and offsets, and with ``ort`` what ORT needs."""
+    """Every graph: the order found against the given one, what no order can do without, and the arena."""
     rows: dict[str, Any] = {}
     for name in (*BRANCHY, *OTHERS):
         model = _exported(name)
         begin = time.monotonic()
         out = lathe.compile(model, [PlanMemory(measure=False)], verify=False, progress=False)
         (plan,) = read_plans(out.model.metadata_props)
-        given = plan_model(model, [{}])[0]
+        seconds = time.monotonic() - begin
+        flow = flow_of(model.graph, Sizes(model, {}))
+        given = order_bound(flow, range(len(flow.before)))
+        position = {node.name: index for index, node in enumerate(model.graph)}
+        ran = measure_memory(model, make_feeds(model, 0, 1)[0], {"graph_optimization_level": "disable"}).order
+        by_default = order_bound(flow, [position[name] for name in ran])
+        found = [position[name] for name in plan.order]
         rows[name] = {
             "nodes": len(plan.order),
-            "bound / given bound": plan.bound / given.bound,
+            "bound / given": plan.bound / given,
+            "proven the best": proven_best(flow, found) or plan.bound == least_bound(flow),
+            "every order / given": least_bound(flow) / given,
+            "ORT's default order / given": by_default / given,
             "arena / bound": plan.peak / plan.bound,
-            "seconds": time.monotonic() - begin,
+            **_greedy(plan),
+            "onnxsim arena / ours": _onnxsim(model) / plan.peak,
+            "seconds": seconds,
         }
         print(name, rows[name], flush=True)
     return rows
+
+
+def _greedy(plan: MemoryPlan) -> dict[str, float]:
+    """Arena / bound of the baselines on the lifetimes of ``plan``."""
+    start, end, size = np.array([(buffer.start, buffer.end, buffer.size) for buffer in plan.buffers]).T
+    index = np.arange(len(size))
+    orders = {
+        "greedy by size / bound": np.lexsort([index, start - end, -size]),
+        "best fit as ORT / bound": np.lexsort([index, -size, start]),
+    }
+    placed = {name: place_greedily(start, end, size, order) for name, order in orders.items()}
+    return {name: float((offsets + size).max() / plan.bound) for name, offsets in placed.items()}
+
+
+def _onnxsim(model: Any) -> float:
+    """Bytes of onnxsim's arena for ``model`` as it is; not a number where it is not installed (see peers.py)."""
+    if not python_of("onnxsim").exists():
+        return math.nan
+    code = "import onnx, onnxsim, sys; print(onnxsim.plan_activation_memory(onnx.load(sys.argv[1])).arena_bytes)"
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(model, Path(folder) / "model.onnx")
+        done = subprocess.run([python_of("onnxsim"), "-c", code, path], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def measured() -> dict[str, Any]:
@@ -191,7 +236,8 @@ def main() -> None:
     wanted = [arguments.only] if arguments.only else list(parts)
     results = {name: parts[name]() for name in wanted}
     show({name: rows for name, rows in results.items() if rows})
-    write_result("memory" if not arguments.only else f"memory_{arguments.only}", 1, results, set())
+    peers = {"onnxsim"} if "graphs" in wanted and python_of("onnxsim").exists() else set[str]()
+    write_result("memory" if not arguments.only else f"memory_{arguments.only}", 1, results, peers)
 
 
 if __name__ == "__main__":

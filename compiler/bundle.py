@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,8 +87,8 @@ def save_bundle(
         report: the report of the compile.
         metadata: ``metadata_props`` of the artifact.
         ort_config: session options, as stored in the artifact.
-        sample: inputs for the self-test, ``{input name: array}``; None: made from the input types. Its
-            ``attention_mask`` becomes ones. A decoder's prompt is the first row of its ``input_ids``.
+        sample: inputs for the self-test, ``{input name: array}``; None: made from the input types. Of a padded
+            one the first row is taken, without its padding. A decoder's prompt is the first row of its ``input_ids``.
         external_data: as for ``artifact.save``.
         extra: files to add, by the names they get, such as ``tokenizer.json``.
 
@@ -102,7 +102,8 @@ def save_bundle(
     if is_compressed(path) or Path(path).suffix != ".onnx":
         raise ModelError(f"A bundle cannot hold a model called {name}.", "Give a name that ends in .onnx.")
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    sample = quantize_caches(_without_padding(sample or make_feeds(model, count=1)[0]), cache_scales(model))
+    sample = _without_padding(sample or make_feeds(model, count=1)[0], inputs)
+    sample = quantize_caches(sample, cache_scales(model))
     check_feeds(inputs, sample)
     strange = [name for name, array in sample.items() if array.dtype.kind not in "fiub"]
     if strange:
@@ -203,9 +204,22 @@ def _disturbed(model: ir.Model, seed: int) -> ir.Model:
     return clone
 
 
-def _without_padding(sample: Mapping[str, Array]) -> dict[str, Array]:
-    """``sample`` with a mask of ones: what a quantized model says of padding hangs on the last digit."""
-    return {name: np.ones_like(array) if name == MASK else array for name, array in sample.items()}
+def _without_padding(sample: Mapping[str, Array], inputs: Sequence[ir.Value]) -> dict[str, Array]:
+    """Of a padded sample the tokens of the first row: what a quantized model says of padding hangs on the last digit.
+
+    Where the shapes are fixed, or there is a cache, the mask becomes ones instead.
+    """
+    ids, mask = sample.get(TOKENS), sample.get(MASK)
+    if ids is None or mask is None or mask.all():
+        return dict(sample)
+    fixed = any(isinstance(dim, int) for value in inputs if value.name == MASK for dim in value.shape or ())
+    if fixed or ids.shape != mask.shape:
+        return {**sample, MASK: np.ones_like(mask)}
+    kept = mask[0].astype(bool)
+    return {
+        name: array[:1, kept] if array.shape[:2] == mask.shape else array[:1] if len(array) == len(mask) else array
+        for name, array in sample.items()
+    }
 
 
 def _decoder(model: ir.Model) -> CausalLM | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,6 +96,13 @@ def constant(value: ir.Value | None, limit: int | None = None) -> Array | None:
     if tensor is None or (limit is not None and tensor.size > limit) or tensor.dtype == ir.DataType.STRING:
         return None
     return tensor.numpy()
+
+
+def unmap(tensor: ir.TensorProtocol | None) -> None:
+    """Closes the mapping of an external tensor, whose pages would stay in memory, unless somebody has a view of it."""
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):
+            tensor.release()
 
 
 def scalar(value: ir.Value | None) -> float | None:

@@ -106,11 +106,12 @@ def compile(
     Example: onnxlathe compile model.onnx -o small.onnx --passes edge --calibration x.npz --target web --bundle
     """
     if goal is not None:
-        from .cli_goal import compile_for_goal
+        from .cli_goal import compile_for_goal, refuse
 
+        refuse(passes=passes != "cpu-fp32" or None, tolerance=tolerance, speed_gate=speed_gate, profile=profile or None)
         written = compile_for_goal(
             model, output, goal, max_drop, time_budget, samples=calibration, sizes=sizes or [], target=target,
-            threads=threads, json=json, report=report, plot=plot,
+            threads=threads, json=json, report=report, plot=plot, bundle=bundle,
         )  # fmt: skip
         typer.echo(f"wrote {written} ({_size(written)})")
         return

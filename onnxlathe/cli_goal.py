@@ -25,6 +25,17 @@ Plot = Annotated[
 ]
 
 
+def refuse(**given: object) -> None:
+    """Refuses options of ``compile`` that say what a search is to find out; those not given are None.
+
+    Raises:
+        LatheError: names them.
+    """
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if names:
+        raise LatheError(f"--goal goes without {', '.join(names)}.", "Leave out one or the other.")
+
+
 def compile_for_goal(
     model: Path,
     output: Path | None,
@@ -39,12 +50,15 @@ def compile_for_goal(
     json: Path | None,
     report: Path | None,
     plot: Path | None,
+    bundle: bool,
 ) -> Path:
-    """Searches, prints the table, writes model, picture and report; returns where the model is.
+    """Searches, prints the table, writes model, picture and report; returns what holds the model: a file or a folder.
 
     Raises:
         LatheError: an option cannot be read, or as of ``lathe.optimize``.
     """
+    from onnxlathe.runtime.generation.tokenizer import FILE as TOKENIZER
+
     from .arguments import check_writable
     from .chat import carry_tokenizer
     from .look_memory import parse_bindings
@@ -68,8 +82,8 @@ def compile_for_goal(
             threads=threads,
             progress=lambda text: line.update(f"onnxlathe: {text}"),
         )
-    carry_tokenizer(model, out.model, output)
-    out.save(output)
+    tokenizer = carry_tokenizer(model, out.model, None if bundle else output)
+    written = out.save(output, bundle=bundle, extra={TOKENIZER: tokenizer} if tokenizer else None)
     out.search.print()
     try:
         out.search.plot(picture)
@@ -81,4 +95,4 @@ def compile_for_goal(
     if report is not None:
         out.report.html(report)
         typer.echo(f"wrote {report}")
-    return output
+    return written

@@ -158,19 +158,25 @@ def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any], st
     """Takes large initializers out of the graph while it is serialized, then puts them back.
 
     Yields names and values to hand over in memory, and the folder of the file that the other large initializers stay
-    in: those that already are in external files are mapped by ORT itself, which copies what it gets in memory.
+    in: those that already are in external files are mapped by ORT itself, which copies what it gets in memory. What
+    nobody reads is taken out altogether, as passes leave the weights that they replaced until the next cleanup.
     """
+    everything = list(model.graph.initializers.items())
+    unread = {name for name, value in everything if _is_unread(value)}
     names: list[str] = []
     values: list[Any] = []
     originals: list[tuple[ir.Value, ir.TensorProtocol]] = []
     folder, location = "", _PLACEHOLDER
     initializers = [value for graph in model.graphs() for value in graph.initializers.values()]
+    initializers = [value for value in initializers if value.name not in unread or value.graph is not model.graph]
     for value in initializers:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and value.graph is model.graph and _can_be_handed_over(value, tensor):
             folder, location = str(tensor.base_dir) or ".", str(tensor.location)
             break
     try:
+        for name in unread:
+            del model.graph.initializers[name]
         for value in initializers:
             tensor = value.const_value
             if tensor is None:
@@ -194,12 +200,17 @@ def weights_outside(model: ir.Model) -> Generator[tuple[list[str], list[Any], st
     finally:
         for value, tensor in originals:
             value.const_value = tensor
+        if unread:
+            model.graph.initializers.clear()
+            model.graph.initializers.update(everything)
+
+
+def _is_unread(value: ir.Value) -> bool:
+    return not value.uses() and not value.is_graph_output() and not value.is_graph_input()
 
 
 def _can_be_handed_over(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
     if tensor.nbytes <= _INLINE_BYTES or tensor.dtype == ir.DataType.STRING:
-        return False
-    if not value.uses() and not value.is_graph_output():  # ORT drops it first and then misses it
         return False
     return tensor.dtype.numpy() in _NATIVE  # bfloat16, float8, packed int4: NumPy has no such type
 

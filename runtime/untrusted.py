@@ -21,7 +21,7 @@ _Function = tuple[str, str, str]
 _MOST_NODES = 2_000_000
 _REMEDY = "The file is damaged or hostile; export or download it again."
 _OUTSIDE = re.compile(r"file|path|folder|dir|librar|context|format", re.IGNORECASE)  # in names of session options
-_PARTS = {onnx.TensorProto.COMPLEX64: 2, onnx.TensorProto.COMPLEX128: 2}  # numbers stored for one element
+_PARTS = {ir.DataType.COMPLEX64: 2, ir.DataType.COMPLEX128: 2}  # numbers stored for one element
 
 
 def check_proto(proto: onnx.ModelProto, where: str, root: Path | None) -> None:
@@ -141,7 +141,7 @@ def _check_tensor(tensor: onnx.TensorProto, where: str, root: Path | None) -> No
         _same(name, "bytes", len(tensor.raw_data), needed)
     else:
         stored = max(len(getattr(tensor, f"{kind}_data")) for kind in ("float", "int32", "int64", "double", "uint64"))
-        expected = -(-elements * bits // 8) if bits < 8 else elements * _PARTS.get(tensor.data_type, 1)
+        expected = -(-elements * bits // 8) if bits < 8 else elements * _PARTS.get(dtype, 1)
         _same(name, "values", stored, expected)
 
 

@@ -232,9 +232,9 @@ def test_growth_is_linear() -> None:
 
 def test_what_only_a_dead_body_reads_is_dead_too() -> None:
     """In one run: the nodes in the branches of an If that goes no longer count as readers."""
-    body = """c = Neg(x) i = If (take) <then_branch = t () => (float[4, 6] r) { r = Abs(c) },
+    body = """c = Neg(x) i = If (go) <then_branch = t () => (float[4, 6] r) { r = Abs(c) },
     else_branch = e () => (float[4, 6] q) { q = Exp(c) }> y = Relu(x)"""
-    after, _ = rewrite(Cleanup(), build(body, "float[4, 6] x, bool[1] take"))
+    after, _ = rewrite(Cleanup(), build(body, "float[4, 6] x, bool[1] go"))
     assert ops(after) == {"Relu": 1}
 
 

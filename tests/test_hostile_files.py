@@ -178,7 +178,7 @@ def test_refused_when_loaded(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     for run in sources:
         with pytest.raises(lathe.ModelError, match=words):
             run()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # a walk of what is there, whatever it claims to be
 
 
 def _cycle(proto: onnx.ModelProto, folder: Path) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxlathe.runtime.artifact import load, save
-from onnxlathe.runtime.inference import open_session, run_session, session_options
+from onnxlathe.runtime.inference import open_session, run_session, session_options, weights_outside
 from rewriting import from_text
 
 X = np.ones((2, 32), np.float32)
@@ -42,3 +42,20 @@ def test_shared_or_copied(in_a_file: bool, optimize: bool, tmp_path: Path) -> No
     factor = 1 if optimize else 2  # a copy knows nothing of it
     assert np.allclose(run_session(session, {"x": X})["y"], factor * expected, rtol=1e-4, atol=1e-4)
     assert made.graph.initializers["w"].const_value is not None  # put back
+
+
+def test_weights_that_nobody_reads_are_left_out_meanwhile(tmp_path: Path) -> None:
+    """Passes leave what they replaced to the next cleanup; ONNX Runtime would load it into memory."""
+    made = load(save(model(None)[0], tmp_path / "m.onnx", external_data=True))
+    for use in list(made.graph.initializers["v"].uses()):
+        use.node.replace_input_with(use.idx, made.graph.initializers["w"])
+    before = list(made.graph.initializers.items())
+    with weights_outside(made) as (_, _, folder):
+        assert folder == str(tmp_path)
+        assert [tensor.name for tensor in ir.to_proto(made).graph.initializer] == ["w"]
+    assert list(made.graph.initializers.items()) == before
+    assert made.graph.initializers["v"].graph is made.graph
+    w = before[1][1].const_value
+    assert w is not None
+    got = run_session(open_session(made, session_options(optimize=False)), {"x": X})["y"]
+    assert np.allclose(got, X @ w.numpy() @ w.numpy(), rtol=1e-4, atol=1e-4)

@@ -251,6 +251,7 @@ def test_ctrl_c_returns_the_best_so_far_and_the_next_search_goes_on(
     monkeypatch.setattr(search, "compile_apart", until_the_second)
     out = lathe.optimize(network, "speed", "1%", samples=feeds, progress=False)
     assert out.search.chosen == "cpu-fp32" and "Ctrl-C" in " ".join(out.search.notes)
+    assert [trial.status for trial in out.search.trials] == ["", "stopped"]
 
     def counted(request: Request, seconds: float, tell: Callable[[str], None]) -> None:
         compiled.append(request.target)
@@ -497,5 +498,9 @@ def test_for_real(
     assert stored["chosen"] == ("cpu-fp32" if trial["speed"] >= 1 else "original")
     np.testing.assert_allclose(outputs(output, [sample])[0], outputs(model, [sample])[0], rtol=1e-4, atol=1e-5)
     assert (tmp_path / "model.speed.svg").exists()
+    code, printed, _ = command("--max-drop", "0", "--samples", str(tmp_path / "sample.npz"), "--bundle")
+    assert code == 0 and (tmp_path / "model.speed.bundle").is_dir()
+    code, _, error = command("--passes", "basic", "--tolerance", "1")
+    assert code == 2 and "--goal goes without --passes, --tolerance" in error
     code, _, error = command("--max-drop", "much")
     assert code == 2 and "'much'" in error

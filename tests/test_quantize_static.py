@@ -321,3 +321,13 @@ def test_preset_on_a_residual_network(tmp_path: Path) -> None:
     assert found["Relu"] == found["Add"] == 1
     assert not set(found) & {"Conv", "FusedConv", "BatchNormalization", "Gemm"}
     assert out.report.error is not None and out.report.error < 0.1
+
+
+def test_a_weight_that_callers_may_override_stays_float() -> None:
+    """Among the inputs it is no constant, products=True or not."""
+    model = build("y = MatMul(x, w)", "float[n, 8] x", "float[n, 4] y", w=constant(8, 4))
+    model.graph.inputs.append(model.graph.initializers["w"])
+    feeds = [{"x": _RNG.standard_normal((3, 8)).astype(np.float32)}]
+    for products in (False, True):
+        outcome = QuantizeStatic(products=products)(model.clone(), PassContext(feeds=feeds))
+        assert not outcome.changed and any("callers may override" in item.reason for item in outcome.refusals)

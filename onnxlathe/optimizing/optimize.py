@@ -21,13 +21,14 @@ from onnxlathe.compiler.budget import Budget, Metric, Score
 from onnxlathe.compiler.graph import weight_bytes
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.report import Speed
+from onnxlathe.compiler.scores import LABELS
 from onnxlathe.compiler.training.data import Data
 from onnxlathe.compiler.verify import check_model
 from onnxlathe.reporting import call_text
 from onnxlathe.runtime.artifact import read_config, save
 from onnxlathe.runtime.errors import LatheError, ModelError
 from onnxlathe.runtime.generation.causal_lm import CausalLM, read_causal_lm
-from onnxlathe.runtime.providers import Device, resolve_device
+from onnxlathe.runtime.targets import device_of
 
 from .candidates import Goal, Progress, Subject
 from .data import SearchData, gather
@@ -83,7 +84,7 @@ def optimize(
             all samples have labels, KL of the next token for language models with a cache, else the pooled cosine.
         sizes: sizes of symbolic dims to time instead of the samples' shapes, e.g. ``[{"batch": 1, "sequence": 128}]``.
         time_budget: seconds, or a text such as ``"20m"``.
-        target: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        target: as of ``compile``.
         threads: intra-op threads of the target, 0 for ONNX Runtime's default.
         args: example inputs, for a torch module.
         seed: of the split, of made samples and of passes.
@@ -99,7 +100,7 @@ def optimize(
         raise LatheError(f"There is no goal {goal!r}.", f"Goals: {', '.join(get_args(Goal))}.")
     budget, named = read_budget(max_drop, metric)
     deadline = start + read_seconds(time_budget)
-    device = resolve_device(target)
+    device = device_of(target)
     graph = to_graph(model, args)
     infer_shapes(graph)
     check_model(graph)
@@ -113,14 +114,14 @@ def optimize(
         if not named:
             chosen = default_metric(decoder is not None, data.labelled)
             budget = dataclasses.replace(budget, metric=chosen)
-        key = _key(graph, data, budget, device, threads, seed)
+        key = _key(graph, data, budget, target, threads, seed)
         with open_kept(key) as kept:
             original = _files(graph, model, data, kept)
             judge = Judge(original, data.judged, budget, decoder is not None, device, threads)
             subject = Subject.of(graph, decoder is not None, device, data.rows)
             searcher = Searcher(
                 original, data, Progress(subject, goal, budget, weight_bytes(graph)), judge,
-                Race(original, device, threads), kept, device, threads, seed, deadline, tell,
+                Race(original, device, threads), kept, target, threads, seed, deadline, tell,
             )  # fmt: skip
             best = searcher.run()
             search = Search(
@@ -137,6 +138,7 @@ def optimize(
     result.report.source = str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__
     result.report.environment["call"] = call
     result.report.search = search.to_dict()
+    result.sample = {name: array for name, array in data.judged[0].items() if name != LABELS}
     return result
 
 
@@ -199,11 +201,11 @@ def _decoder(graph: ir.Model) -> CausalLM | None:
         return None
 
 
-def _key(graph: ir.Model, data: SearchData, budget: Budget, device: Device, threads: int, seed: int) -> str:
+def _key(graph: ir.Model, data: SearchData, budget: Budget, target: str, threads: int, seed: int) -> str:
     everything = [*data.calibration, {}, *data.judged, {}, *(timed.feeds for timed in data.timed)]
     weights = [timed.weight for timed in data.timed]
     metric = "a function" if callable(budget.metric) else budget.metric
-    return search_key(graph, everything, metric, weights, device, threads, seed)
+    return search_key(graph, everything, metric, weights, target, threads, seed)
 
 
 def _files(graph: ir.Model, model: Any, data: SearchData, kept: Kept) -> Path:
@@ -230,7 +232,10 @@ def _remarks(data: SearchData, judge: Judge, best: Trial | None, goal: str) -> l
     if len(judge.samples) < len(data.judged):
         notes.append(f"Only {len(judge.samples)} of {len(data.judged)} samples judge: their outputs are large.")
     if best is None:
-        notes.append("Nothing that was tried is both within the limit and not slower: the model is returned as it was.")
+        notes.append(
+            "Nothing that was tried to its end is both within the limit and not slower: "
+            "the model is returned as it was."
+        )
     elif best.exact:
         notes.append(
             f"Nothing else that was tried within the limit is better for {goal}: "

@@ -39,7 +39,7 @@ class Searcher:
         judge: what is lost.
         race: how fast it is.
         kept: what an earlier search left, and what this one leaves.
-        device, threads, seed: of the target.
+        target, threads, seed: as of ``compile``.
         deadline: when it ends (``time.monotonic``).
         tell: shown while it goes on.
     """
@@ -50,7 +50,7 @@ class Searcher:
     judge: Judge
     race: Race
     kept: Kept
-    device: str
+    target: str
     threads: int
     seed: int
     deadline: float
@@ -75,6 +75,9 @@ class Searcher:
             return self._confirmed()
         except KeyboardInterrupt:
             self.notes.append("Stopped by Ctrl-C: the best so far, measured once; the search goes on when asked again.")
+            for trial in self.trials:
+                if trial.name not in self.progress.done and not trial.status:
+                    trial.status = "stopped"
             return next(iter(self.progress.ranked()), None)
 
     @property
@@ -126,7 +129,7 @@ class Searcher:
             passes=candidate.passes,
             gate=candidate.gate,
             calibration=str(folder) if self.data.calibration else None,
-            device=self.device,
+            device=self.target,
             threads=self.threads,
             seed=self.seed,
         )

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.graph import FROM_KEY, PASS_KEY, Array, Names, add_initializer, constant, only_consumer, producer
+from ...compiler.graph import (
+    FROM_KEY,
+    PASS_KEY,
+    Array,
+    Names,
+    add_initializer,
+    constant,
+    only_consumer,
+    producer,
+    unmap,
+)
 
 
 def join_columns(
@@ -30,7 +40,11 @@ def join_columns(
     def join() -> ir.TensorProtocol:
         arrays = [tensor.numpy() for tensor, _ in sources]
         taken = [a if c is None else a[:, c] for a, (_, c) in zip(arrays, sources, strict=True)]
-        return ir.Tensor(np.concatenate(taken, axis=1), name=name)
+        whole = np.concatenate(taken, axis=1)
+        del arrays, taken
+        for tensor, _ in sources:
+            unmap(tensor)
+        return ir.Tensor(whole, name=name)
 
     sizes = [tensor.shape.numpy() for tensor, _ in sources]
     width = sum(size[1] if columns is None else columns.size for size, (_, columns) in zip(sizes, sources, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -21,6 +20,7 @@ from ...compiler.graph import (
     only_consumer,
     producer,
     rank,
+    unmap,
 )
 
 _RULE = "constant weight -> low bits"
@@ -90,9 +90,7 @@ class Weight:
             raise ValueError(f"{self.name} has no data")
         matrix = np.ascontiguousarray(array if self.by_outputs else array.T, np.float32)
         del array
-        if isinstance(tensor, ir.ExternalTensor):
-            with contextlib.suppress(BufferError):  # the matrix is a view, or others have one
-                tensor.release()  # else the pages that were read stay mapped
+        unmap(tensor)
         return matrix
 
     def stored(self, matrix: Array) -> ir.TensorProtocol:

@@ -64,6 +64,7 @@ def quantize(
                 grid = searched_grid(matrix, choice.table_bits, choice.block_size, choice.symmetric)
                 writer.write(weight, Coded(grid.round(matrix), grid), linears=False, gathers=True)
             outcome.counts[f"{choice.table_bits}-bit tables"] += len(weight.gathers)
+    coded.clear()  # a byte each, and written by now
     remove_dead(model)
     if original is not None and products:
         choose_levels(model, original, products, form, context, outcome)

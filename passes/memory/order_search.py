@@ -14,24 +14,12 @@ from collections.abc import Sequence
 from ...compiler.base import no_progress
 from .lifetimes import Flow, buffers_in_order
 from .offset_search import Progress
+from .order_bounds import order_bound
 
 _WIDEST, _NARROWEST = 4096, 16
 _EFFORT = 100_000  # states per piece, about; few seconds
 _LONGEST = 400  # nodes of a piece
 _TRIES = 6  # beams of a piece
-
-
-def order_bound(flow: Flow, order: Sequence[int]) -> int:
-    """Bytes that running the nodes in ``order`` needs at least."""
-    change = [0] * (len(order) + 1)
-    for buffer in buffers_in_order(flow, order):
-        change[buffer.start] += buffer.size
-        change[buffer.end] -= buffer.size
-    total = most = 0
-    for difference in change:
-        total += difference
-        most = max(most, total)
-    return most
 
 
 def best_order(flow: Flow, progress: Progress = no_progress) -> list[int]:
@@ -46,13 +34,30 @@ def best_order(flow: Flow, progress: Progress = no_progress) -> list[int]:
     start = min(starts, key=lambda order: order_bound(flow, order))
     renumbered = _renumbered(flow, start)
     search = _Search(renumbered)
-    order: list[int] = []
-    for piece in _pieces(renumbered):
-        if len(piece) > 20:
-            progress(f"order: {len(order)} of {len(given)} nodes")
-        order += search.order_piece(piece)
-    candidates = [given, start, [start[index] for index in order]]
+    candidates = [given, start]
+    cuts = [_pieces(renumbered, outputs=False)]
+    if len(given) <= _LONGEST:  # outputs that could wait would join the pieces of a large graph with many outputs
+        cuts.append(_pieces(renumbered, outputs=True))
+    for pieces in cuts if cuts[0] != cuts[-1] else cuts[:1]:
+        order: list[int] = []
+        for piece in pieces:
+            if len(piece) > 20:
+                progress(f"order: {len(order)} of {len(given)} nodes")
+            order += search.order_piece(piece)
+        candidates.append([start[index] for index in order])
     return min(candidates, key=lambda candidate: order_bound(flow, candidate))
+
+
+def proven_best(flow: Flow, order: Sequence[int]) -> bool:
+    """Whether a complete search shows that no order needs less than ``order``; False where that is open."""
+    ordered = _renumbered(flow, order)
+    if len(order) > _LONGEST:
+        return False
+    buffers = buffers_in_order(ordered, range(len(order)))
+    live = [sum(b.size for b in buffers if b.start <= step < b.end) for step in range(len(order))]
+    fullest = live.index(max(live))
+    (piece,) = [piece for piece in _pieces(ordered, outputs=True) if fullest in piece]
+    return _Search(ordered).is_best(piece)
 
 
 def _depth_first(flow: Flow, reverse: bool) -> list[int]:
@@ -85,14 +90,17 @@ def _renumbered(flow: Flow, order: Sequence[int]) -> Flow:
     return Flow(before, tensors, [flow.in_place[node] for node in order])
 
 
-def _pieces(flow: Flow) -> list[list[int]]:
-    """The nodes in order, cut after what makes the only tensor still needed; long pieces where least is alive."""
+def _pieces(flow: Flow, outputs: bool) -> list[list[int]]:
+    """The nodes in order, cut after what makes the only tensor still needed; long pieces where least is alive.
+
+    With ``outputs`` a graph output is still needed: there is no cut after it that keeps it from being made later.
+    """
     count = len(flow.before)
     tensors, size = [0] * (count + 1), [0] * (count + 1)
     for tensor in flow.tensors:
         end = max(tensor.consumers, default=tensor.producer)
         tensors[tensor.producer] += 1
-        tensors[end] -= 1
+        tensors[count if outputs and tensor.kept else end] -= 1
         size[tensor.producer] += tensor.size
         size[end] -= tensor.size
     alive, live = list(itertools.accumulate(tensors)), list(itertools.accumulate(size))
@@ -173,6 +181,11 @@ class _Search:
             if target >= ceiling - 1 and found is None:
                 break
         return best
+
+    def is_best(self, piece: list[int]) -> bool:
+        """Whether no order of ``piece`` needs less than the one it is in, and that is certain."""
+        self._begin(piece)
+        return self._beam(piece, self._peak_of(piece) - 1) == (None, True)
 
     def _beam(self, piece: list[int], target: int) -> tuple[list[int] | None, bool]:
         """An order that never has more than ``target`` alive, and whether the search was complete."""

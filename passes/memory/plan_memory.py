@@ -18,7 +18,8 @@ from ...runtime.memory_stats import can_measure, measure_memory
 from .lifetimes import Flow, Sizes, buffers_in_order, flow_of
 from .offset_search import Progress
 from .offsets import plan_offsets
-from .order_search import best_order, order_bound
+from .order_bounds import order_bound
+from .order_search import best_order
 
 Bindings = Mapping[str, int]
 _NOISE = 0.02  # of the memory measured before

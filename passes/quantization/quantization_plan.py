@@ -161,6 +161,8 @@ class _Planner:
             return "it is quantized already"
         if any(value is not None and value.graph is not self.graph for value in node.inputs):
             return "an operand belongs to another graph"
+        if any(_overridable(value) for value in node.inputs):
+            return "an operand is a constant that callers may override"
         problem = product_problem(node)
         computed = weight is not None and (not weight.is_initializer() or weight.is_graph_input())
         if not problem and computed and (node.op_type != "MatMul" or not self.options.products):
@@ -187,6 +189,7 @@ class _Planner:
             and node.op_type in _JOINING
             and selected(node, self.options.include, self.options.exclude)
             and all(value is None or value.graph is self.graph for value in node.inputs)
+            and not any(_overridable(value) for value in node.inputs)
         }
         while True:
             running = anchors | joined
@@ -282,3 +285,7 @@ class _Planner:
 
     def _reads(self, node: ir.Node, index: int) -> bool:
         return (node.name or "") in self.result.nodes and node.inputs[index] in data_inputs(node)
+
+
+def _overridable(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.is_graph_input()
