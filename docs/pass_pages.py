@@ -40,7 +40,7 @@ def family(kind: type[Pass]) -> str:
 
 def page(kind: type[Pass], measured: dict[str, Any]) -> str:
     """The page of one pass, in Markdown."""
-    sections = griffe.parse(griffe.Docstring(inspect.getdoc(kind) or ""), griffe.Parser.google)
+    sections = griffe.parse(griffe.Docstring(inspect.getdoc(kind) or ""), griffe.Parser.google, warnings=False)
     text = "\n\n".join(section.value for section in sections if section.kind is griffe.DocstringSectionKind.text)
     first, _, rules = text.partition("\n\n")
     meanings = {

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def test_site_builds_and_has_a_page_for_each_pass(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs_gen_files", reason="needs the extra docs")
     quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, kind in PASSES.items():
