@@ -54,6 +54,11 @@ def test_scale_goes_into_the_weight(body: str, factor: float) -> None:
     assert np.allclose(constant(next(iter(after.graph)).inputs[1]), W * np.float32(factor))
 
 
+def test_scales_in_a_row_go_in_one_run() -> None:
+    after, outcome = rewrite(FuseLinear(), build("a = Mul(x, c) p = Div(a, c) q = Mul(c, p) y = MatMul(q, w)"))
+    assert ops(after) == {"MatMul": 1} and outcome.counts == {"scale folded into weight": 3}
+
+
 @pytest.mark.parametrize(
     ("body", "factor"),
     [

@@ -141,6 +141,9 @@ class FuseLinear(Pass):
                 node.replace_input_with(0, value)
                 self._mark(node, scaled)
                 outcome.counts["scale folded into weight"] += 1
+                if isinstance(scaled.graph, ir.Graph):
+                    scaled.graph.remove(scaled, safe=True)  # another scale before it has one reader again
+                self._scale_before(node, names, outcome)
             return
 
     def _scaled_weight(
