@@ -136,6 +136,16 @@ def run_session(
         ) from error
 
 
+def owning(array: np.ndarray[Any, Any]) -> ort.OrtValue:
+    """An OrtValue on the CPU with a copy of ``array``.
+
+    ``ortvalue_from_numpy`` reads the array's own memory, and what ``numpy()`` of it gives does not keep that alive.
+    """
+    value = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, "cpu")
+    value.update_inplace(np.ascontiguousarray(array))
+    return value
+
+
 def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
     """A copy of ``model`` whose outputs include the values of the main graph called ``names``.
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxlathe.runtime.artifact import load, save
-from onnxlathe.runtime.inference import open_session, run_session, session_options, weights_outside
+from onnxlathe.runtime.inference import open_session, owning, run_session, session_options, weights_outside
 from rewriting import from_text
 
 X = np.ones((2, 32), np.float32)
@@ -59,3 +59,12 @@ def test_weights_that_nobody_reads_are_left_out_meanwhile(tmp_path: Path) -> Non
     assert w is not None
     got = run_session(open_session(made, session_options(optimize=False)), {"x": X})["y"]
     assert np.allclose(got, X @ w.numpy() @ w.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_owned_values_outlive_what_they_were_made_of() -> None:
+    array = np.arange(1 << 20, dtype=np.float32)
+    view = owning(array).numpy()
+    array[:] = np.nan
+    del array
+    assert view[-1] == (1 << 20) - 1 and not np.isnan(view).any()
+    assert owning(np.zeros((0, 3), np.int64)).numpy().shape == (0, 3)

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from ..generation.causal_lm import MASK
 from ..generation.kv_cache import Cache
+from ..inference import owning
 from .part_actor import Grown
 
 Array = np.ndarray[Any, Any]
@@ -116,7 +117,7 @@ class RemoteBinding:
 
     def get_outputs(self) -> list[ort.OrtValue]:
         """The logits of the last run."""
-        return [ort.OrtValue.ortvalue_from_numpy(self.logits)]
+        return [owning(self.logits)]
 
 
 class RemoteRunnable:

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..errors import ModelError
+from ..inference import owning
 from ..providers import Device
 from .collectives import Collective, perform
 
@@ -72,7 +73,7 @@ class PartedSession:
             list(self._pool.map(lambda rank: binding.run(number, rank), range(len(step.sessions))))
         for collective in step.collectives:
             results = [values[collective.value].numpy() for values in binding.values]
-            result = ort.OrtValue.ortvalue_from_numpy(perform(collective, results))
+            result = owning(perform(collective, results))
             for values in binding.values:
                 values[collective.result] = result
 
@@ -130,7 +131,7 @@ class PartedBinding:
     def give(self, name: str, array: Array) -> None:
         """Binds an input of the whole, or hands over what a step receives from somewhere else, to rank 0."""
         if any(name in step.received for step in self._parted.steps):
-            self.values[0][name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            self.values[0][name] = owning(array)
         else:
             self.bind_cpu_input(name, array)
 
