@@ -57,6 +57,16 @@ def test_one_quantization_for_all_readers() -> None:
     assert ops(after) == {"DynamicQuantizeLinear": 1, "com.microsoft.MatMulIntegerToFloat": 2, "Add": 1}
 
 
+def test_an_unknown_shape_is_not_taken_for_a_scalar() -> None:
+    model = build("a = Neg(x) y = MatMul(a, w)", w=constant(16, 8))
+    for node in model.graph:
+        node.outputs[0].shape, node.outputs[0].dtype = None, ir.DataType.FLOAT
+    QuantizeDynamic()(model, PassContext())
+    quantize = next(node for node in model.graph if node.op_type == "DynamicQuantizeLinear")
+    assert quantize.outputs[0].shape is None
+    assert run_reference(model, [{"x": np.ones((1, 2, 16), np.float32)}])[0]["y"].shape == (1, 2, 8)
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_gemm(transposed: int) -> None:
     w = constant(8, 16) if transposed else constant(16, 8)

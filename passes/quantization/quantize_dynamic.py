@@ -158,7 +158,7 @@ class _Dynamic:
             ir.Value(
                 name=self.names.fresh(f"{x.name}_{part}"),
                 type=ir.TensorType(dtype),
-                shape=x.shape.copy() if part == "quantized" and x.shape is not None else ir.Shape([]),
+                shape=ir.Shape([]) if part != "quantized" else None if x.shape is None else x.shape.copy(),
             )
             for part, dtype in zip(("quantized", "scale", "zero_point"), types, strict=True)
         ]
