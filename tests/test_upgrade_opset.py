@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx.parser
 import onnx_ir as ir
 import pytest
 
@@ -45,6 +46,17 @@ def test_operator_whose_new_version_has_no_kernel() -> None:
     outcome = UpgradeOpset()(after, PassContext())
     assert not outcome.changed and after.opset_imports[""] == 20
     assert "RandomNormalLike" in outcome.refusals[0].reason
+
+
+def test_a_converter_that_changes_inputs_is_not_followed() -> None:
+    """Scan of opset 8 has a batch dim that later ones do not; the converter drops it from the model's inputs."""
+    text = """<ir_version: 8, opset_import: ["" : 8]>
+    g (float[1, 2] initial, float[1, 3, 2] x) => (float[1, 2] y, float[1, 3, 2] z) {
+      y, z = Scan<num_scan_inputs = 1,
+        body = b (float[2] sum_in, float[2] next) => (float[2] sum_out, float[2] scan_out) { sum_out = Add(sum_in, next) scan_out = Identity(sum_out) }>(, initial, x) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    outcome = UpgradeOpset()(model, PassContext())
+    assert not outcome.changed and "inputs changed" in outcome.refusals[0].reason
 
 
 def test_external_data(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.graph import opset
-from ...runtime.errors import ModelError
+from ...compiler.verify import Signature
+from ...runtime.errors import ModelError, VerifyError
 from ...runtime.inference import open_session, session_options
 
 # Node metadata, which carries our notes to Netron, came with this version of the IR.
@@ -24,6 +25,7 @@ class UpgradeOpset(Pass):
     1. A model at or above ``to`` is left alone.
     2. A model that this onnxruntime cannot execute afterwards is refused: opset 22 made new versions of about thirty
        operators (RandomNormal, Multinomial...), and not every provider has kernels for them. A clone is tried first.
+       So is one whose inputs or outputs the converter changes (Scan of opset 8).
     3. The IR version is raised to 10 at least, so that nodes may carry metadata.
 
     Why: the CPU provider's Attention-23 kernel beats MultiHeadAttention for short inputs (``runtime/capabilities.py``
@@ -46,10 +48,11 @@ class UpgradeOpset(Pass):
         trial = model.clone()
         try:
             self._convert(trial)
+            Signature.of(model).check_kept(Signature.of(trial))
             open_session(trial, session_options(optimize=False, repack=False), context.device)
-        except ModelError as error:
+        except (ModelError, VerifyError) as error:
             anchor = next(iter(model.graph))
-            outcome.refuse(anchor, f"opset {version} -> {self.to}", f"it would not run any more: {error.what}")
+            outcome.refuse(anchor, f"opset {version} -> {self.to}", f"it would not be the same model: {error.what}")
             return outcome
         self._convert(model)
         model.ir_version = max(model.ir_version, _METADATA_IR_VERSION)
