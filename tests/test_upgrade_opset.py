@@ -53,7 +53,8 @@ def test_a_converter_that_changes_inputs_is_not_followed() -> None:
     text = """<ir_version: 8, opset_import: ["" : 8]>
     g (float[1, 2] initial, float[1, 3, 2] x) => (float[1, 2] y, float[1, 3, 2] z) {
       y, z = Scan<num_scan_inputs = 1,
-        body = b (float[2] sum_in, float[2] next) => (float[2] sum_out, float[2] scan_out) { sum_out = Add(sum_in, next) scan_out = Identity(sum_out) }>(, initial, x) }"""
+        body = b (float[2] sum_in, float[2] next) => (float[2] sum_out, float[2] scan_out)
+        { sum_out = Add(sum_in, next) scan_out = Identity(sum_out) }>(, initial, x) }"""
     model = ir.from_proto(onnx.parser.parse_model(text))
     outcome = UpgradeOpset()(model, PassContext())
     assert not outcome.changed and "inputs changed" in outcome.refusals[0].reason
