@@ -82,6 +82,8 @@ def figure(name: str, measured: dict[str, Any]) -> str:
     """What ``benchmarks/passes.py`` measured of a pass, or where it is measured."""
     if name in measured["elsewhere"]:
         return f"**Measured** by `python benchmarks/{measured['elsewhere'][name]}.py`; see the guides."
+    if name in measured["tested"]:
+        return f"No benchmark has a figure of it; what it does is tested in `{measured['tested'][name]}`."
     row = measured["passes"].get(name)
     if row is None:
         return "**Not measured.**"
