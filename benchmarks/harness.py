@@ -200,7 +200,11 @@ def quantize(tool: str, source: Path, target: Path, calibration: Path, python: s
     """Runs ``quantizers.py`` in a fresh process; returns why it did not work, empty if it did."""
     if not python_of(python).exists():
         return "not installed: run benchmarks/peers.py"
-    command = [python_of(python), HERE / "quantizers.py", tool, source, target, calibration]
+    return why_not([python_of(python), HERE / "quantizers.py", tool, source, target, calibration], timeout)
+
+
+def why_not(command: list[Any], timeout: float) -> str:
+    """Runs a peer's command; why it did not work, empty if it did."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -8,24 +8,14 @@ or of the weights, goes.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from quantizers import samples_in
 
 Prune = Callable[[str, float, list[dict[str, Any]]], Any]
-
-
-def samples_in(folder: str) -> list[dict[str, Any]]:
-    """The samples of a folder."""
-    found: list[dict[str, Any]] = []
-    for file in sorted(Path(folder).glob("*.npz")):
-        with np.load(file) as archive:
-            found.append({name: archive[name] for name in archive.files})
-    return found
 
 
 def onnxsim(name: str, calibrated: bool = True, **options: Any) -> Prune:
@@ -63,18 +53,13 @@ TOOLS: dict[str, Prune] = {
 
 def pruned_by(tool: str, share: float, source: Path, target: Path, folder: Path, timeout: float = 900) -> str:
     """Runs this file in the tool's environment; returns why it did not work, empty if it did."""
+    from harness import why_not
     from peers import python_of
 
     python = python_of("nncf" if tool == "NNCF" else "onnxsim")
     if not python.exists():
         return "not installed: run benchmarks/peers.py"
-    command = [python, Path(__file__), tool, str(share), source, target, folder]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"not done after {timeout:.0f} s"
-    lines = done.stderr.strip().splitlines()
-    return (lines[-1][:160] if lines else f"exit code {done.returncode}") if done.returncode else ""
+    return why_not([python, Path(__file__), tool, str(share), source, target, folder], timeout)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 
-def _samples(folder: str) -> list[dict[str, Any]]:
+def samples_in(folder: str) -> list[dict[str, Any]]:
+    """The samples of a folder."""
     found: list[dict[str, Any]] = []
     for file in sorted(Path(folder).glob("*.npz")):
         with np.load(file) as archive:
@@ -71,7 +72,7 @@ def ort_static(source: str, target: str, folder: str) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._samples = iter(_samples(folder))
+            self._samples = iter(samples_in(folder))
 
         def get_next(self) -> Any:
             return next(self._samples, None)
@@ -114,7 +115,7 @@ def nncf(transformer: bool) -> Callable[[str, str, str], None]:
         import nncf as tool
         import onnx
 
-        samples = _samples(folder)
+        samples = samples_in(folder)
         kind = tool.ModelType.TRANSFORMER if transformer else None
         model = tool.quantize(onnx.load(source), tool.Dataset(samples), subset_size=len(samples), model_type=kind)
         onnx.save(model, target)
@@ -127,7 +128,7 @@ def onnxsim(source: str, target: str, folder: str) -> None:
     import onnx
     import onnxsim as tool
 
-    onnx.save(tool.quantize_static(source, calibration_data=_samples(folder)), target)
+    onnx.save(tool.quantize_static(source, calibration_data=samples_in(folder)), target)
 
 
 TOOLS: dict[str, Callable[[str, str, str], None]] = {

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..runtime.errors import LatheError
 from ..runtime.files import write_atomically
+from .figures import new_figure
 
 
 @dataclasses.dataclass
@@ -140,16 +140,8 @@ class Analysis:
         Raises:
             LatheError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyright: ignore[reportMissingImports]
-            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise LatheError(
-                "matplotlib is not installed.", 'Install it with: pip install "onnxlathe[report]"'
-            ) from error
         layers = sorted(self.layers, key=lambda layer: layer.position)
-        figure = Figure(figsize=(max(7.0, 0.22 * len(layers)), 6.5), layout="constrained")
-        FigureCanvasSVG(figure)  # else a window may be looked for
+        figure = new_figure(max(7.0, 0.22 * len(layers)), 6.5)
         above, below = figure.subplots(2, 1, sharex=True)
         x = range(len(layers))
         for label, values, style in (

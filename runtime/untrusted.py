@@ -141,7 +141,7 @@ def _check_tensor(tensor: onnx.TensorProto, where: str, root: Path | None) -> No
         _same(name, "bytes", len(tensor.raw_data), needed)
     else:
         stored = max(len(getattr(tensor, f"{kind}_data")) for kind in ("float", "int32", "int64", "double", "uint64"))
-        expected = -(-elements * bits // 8) if bits < 8 else elements * _PARTS.get(dtype, 1)
+        expected = needed if bits < 8 else elements * _PARTS.get(dtype, 1)
         _same(name, "values", stored, expected)
 
 

@@ -13,8 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from onnxlathe.compiler.figures import new_figure
 from onnxlathe.compiler.report import format_bytes
-from onnxlathe.runtime.errors import LatheError
 from onnxlathe.runtime.files import write_atomically
 
 ORIGINAL = "original"
@@ -152,16 +152,8 @@ class Search:
         Raises:
             LatheError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_svg import FigureCanvasSVG  # pyright: ignore[reportMissingImports]
-            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise LatheError(
-                "matplotlib is not installed.", 'Install it with: pip install "onnxlathe[report]"'
-            ) from error
         done = self._done()
-        figure = Figure(figsize=(8.0, 5.0), layout="constrained")
-        FigureCanvasSVG(figure)  # else a window may be looked for
+        figure = new_figure(8.0, 5.0)
         axes = figure.subplots()
         points = [(1.0, 0.0, self.bytes, ORIGINAL)]
         points += [(trial.speed, max(trial.drop or 0.0, 0.0), trial.bytes, trial.name) for trial in done]
