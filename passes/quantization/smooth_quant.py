@@ -78,7 +78,7 @@ class SmoothQuant(Pass):
     The error is that of the layers' outputs with 8-bit activations and weights (7-bit ones without VNNI), on up to 256
     rows of the calibration samples. Only what lowers it is done. Refused: x that others read too (the
     residual behind a post-normalization), weights in half precision or with other readers, layers in subgraphs (their
-    inputs cannot be observed).
+    inputs cannot be observed), layers that a former run smoothed (each run moves what the samples of that run show).
 
     Pays nothing by itself: it lets int8 quantization behind it lose less, at no cost for rules 1 and 2.
 
@@ -134,6 +134,9 @@ class SmoothQuant(Pass):
                 found.setdefault(value, []).append(layer)
         shared: list[_Shared] = []
         for value, layers in found.items():
+            if any(layer.node.metadata_props.get(PASS_KEY) == self.name for layer in layers):
+                outcome.refuse(layers[0].node, _RULE, "it is smoothed already")
+                continue
             places, reason = _foldable(value, layers)
             if places is None and self.multiply == "never":
                 outcome.refuse(layers[0].node, _RULE, f"{reason} (multiply='where-it-pays' may add a Mul)")

@@ -59,7 +59,10 @@ def draw(random: Random) -> Case:
             continue
         case = Case(proto, [], [], redrawn)
         names = [output.name for output in session.get_outputs()]
+        padded = "Pad" in _op_types(proto.graph)
         for sample in feeds:
+            if padded and any(array.size == 0 for array in sample.values()):
+                continue  # ORT 1.31's Pad divides by zero there, which ends the process
             try:
                 results: list[Any] = list(session.run(names, sample))
             except Exception:  # a kernel that takes no empty tensors, for one
@@ -142,6 +145,12 @@ def _read(graph: onnx.GraphProto) -> set[str]:
         if wanted & set(node.output):
             wanted |= _operands(node)
     return wanted
+
+
+def _op_types(graph: onnx.GraphProto) -> set[str]:
+    """Operators of a graph and of the bodies in it."""
+    bodies = [item.g for node in graph.node for item in node.attribute if item.HasField("g")]
+    return {node.op_type for node in graph.node}.union(*map(_op_types, bodies))
 
 
 def _operands(node: onnx.NodeProto) -> set[str]:

@@ -36,6 +36,7 @@ from onnxlathe.passes.partition.partition_stages import PartitionStages
 from onnxlathe.passes.presets import PRESETS, make_pass
 
 _FORMS: list[Literal["auto", "Attention", "MultiHeadAttention"]] = ["auto", "Attention", "MultiHeadAttention"]
+_MULTIPLY: list[Literal["never", "where-it-pays"]] = ["never", "where-it-pays"]
 _MACHINES = {"cuda": (1e12, 1e11, 5e-6)}
 _LOOSE = Budget("relative_error", 100.0)
 
@@ -111,7 +112,7 @@ TRIALS: list[Trial] = [
     Trial("quantize-static", lambda random: QuantizeStatic(products=random.random() < 0.5), every=4),
     Trial("quantize-kv-cache", _plain("quantize-kv-cache"), ("fuse-group-query-attention",)),
     Trial("convert-float16", lambda random: ConvertFloat16(), every=4),
-    Trial("smooth-quant", lambda random: SmoothQuant(alpha=0.5, multiply=random.choice(["never", "always"])), every=4),
+    Trial("smooth-quant", lambda random: SmoothQuant(alpha=0.5, multiply=random.choice(_MULTIPLY)), every=4),
     Trial("clip-outliers", lambda random: ClipOutliers(), every=8),
     Trial("fuse-integer-product", _plain("fuse-integer-product"), ("quantize-static",), every=8),
     Trial("correct-bias", lambda random: CorrectBias(), ("quantize-static",), every=20, again=False),
