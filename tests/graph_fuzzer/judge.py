@@ -207,9 +207,9 @@ class Judge:
     def _taken(self, after: ir.Model, expected: Results) -> tuple[list[Feeds], Results]:
         """The samples that ``after`` must take: ORT's kernel of Attention takes no empty batch (docs/limits.md)."""
         attends = any(node.op_type == "Attention" and node.domain == "" for node in all_nodes(after))
-        pairs = zip(self.case.feeds, expected, strict=True)
-        kept = [(feeds, result) for feeds, result in pairs if not (attends and any(a.size == 0 for a in feeds.values()))]
-        return [feeds for feeds, _ in kept], [result for _, result in kept]
+        empty = [any(array.size == 0 for array in feeds.values()) for feeds in self.case.feeds]
+        kept = [index for index, none in enumerate(empty) if not (attends and none)]
+        return [self.case.feeds[index] for index in kept], [expected[index] for index in kept]
 
     def _compared(self, before: ir.Model, expected: Results, results: Results, tolerance: float) -> Verdict:
         with np.errstate(all="ignore"):
