@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxlathe.passes.attention.views import follow_view, origins, regroup, whole_view
-from onnxlathe.passes.symbolic import ONE, SymbolicShapes, divide, multiply, number, reshaped
+from onnxlathe.passes.symbolic import SymbolicShapes, reshaped
+from onnxlathe.passes.symbolic_dims import ONE, divide, multiply, number
 from rewriting import from_text
 
 BATCH = (1, ("batch",))
