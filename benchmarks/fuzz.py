@@ -113,7 +113,10 @@ def _save(number: int, trial: Trial, case: Case, folder: Path) -> None:
 
 
 def recheck(state: State, seed: int, failures: Path) -> None:
-    """Tries the graphs that were wrong again; what is right now is moved from ``wrong`` to ``same``."""
+    """Tries the graphs again that were wrong or ended the process; what is right now counts as ``same``."""
+    crashed, state.crashed = state.crashed, []
+    for item in crashed:
+        try_graph(int(str(item["graph"])), seed, state, failures)
     old, state.wrong = state.wrong, []
     for number in sorted({int(str(item["graph"])) for item in old}):
         before = [item for item in old if item["graph"] == number]
