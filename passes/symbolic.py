@@ -18,6 +18,7 @@ _SAME = """Abs BiasGelu Cast Clip Dropout Elu Erf Exp FastGelu Gelu HardSigmoid 
     MultiHeadAttention Reciprocal RotaryEmbedding"""
 _BROADCAST = """Add And BitwiseAnd Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub
     Sum Where Xor"""
+_REDUCE = "ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
 
 
 class SymbolicShapes:
@@ -185,11 +186,21 @@ def _squeeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
 
 
 def squeezed_axes(node: ir.Node) -> list[int] | None:
-    """The constant axes of Unsqueeze or Squeeze, whatever the opset; None where they are not known."""
+    """The constant axes of Unsqueeze, Squeeze or a reduction, whatever the opset; None where they are not known."""
     if len(node.inputs) > 1:
         return integers(node.inputs[1])
     axes = attribute(node, "axes")
     return list(axes) if axes is not None else None
+
+
+def _reduce(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
+    dims = shapes.dims(node.inputs[0])
+    axes = squeezed_axes(node)
+    if dims is None or not axes:
+        return None
+    reduced = {axis % len(dims) for axis in axes}
+    keep = attribute(node, "keepdims", 1)
+    return tuple(ONE if axis in reduced else dim for axis, dim in enumerate(dims) if keep or axis not in reduced)
 
 
 def _gather(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
@@ -246,6 +257,7 @@ def _group_query_attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None
 _RULES: dict[str, Callable[[SymbolicShapes, ir.Node], Dims | None]] = {
     **dict.fromkeys(_SAME.split(), _same),
     **dict.fromkeys(_BROADCAST.split(), _broadcast),
+    **dict.fromkeys(_REDUCE.split(), _reduce),
     "Attention": _attention,
     "GroupQueryAttention": _group_query_attention,
     "MatMul": _matmul,

@@ -118,3 +118,19 @@ def test_what_is_unknown_stays_unknown(op: str, inputs: str) -> None:
     )
     dims = SymbolicShapes(model).dims(model.graph.outputs[0])
     assert dims is None or not {name for dim in dims for name in dim[1]} & {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("y = ReduceMean<keepdims=1>(x, last)", (BATCH, SEQ, ONE)),
+        ("y = ReduceSum<keepdims=0>(x, last)", (BATCH, SEQ)),
+        ("y = ReduceMax<keepdims=0>(x)", None),
+    ],
+)
+def test_reductions(body: str, expected: object) -> None:
+    """What an exporter's shape inference leaves open (behind contrib operators) is derived."""
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[batch, seq, 8] x, int64[1] last) => (y) {{ {body} }}'
+    model = from_text(text, last=np.array([-1]))
+    model.graph.outputs[0].shape = None
+    assert SymbolicShapes(model).dims(model.graph.outputs[0]) == expected
