@@ -83,7 +83,8 @@ def test_kernels_that_round_differently_are_within_its_promise() -> None:
 def test_old_bodies_read_nothing_any_more() -> None:
     """The converter leaves the bodies that it replaced behind, as readers of the graph around them."""
     model = ir.from_proto(
-        onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 13]> g (bool c, float[n, 4] x) => (float[n, 4] z) {
+        onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 13]>
+        g (bool c, float[n, 4] x) => (float[n, 4] z) {
           z = If (c) <then_branch = t () => (float[n, 4] y) { y = Relu(x) },
                       else_branch = e () => (float[n, 4] y) { y = Neg(x) }> }""")
     )
