@@ -192,6 +192,14 @@ def test_near_misses() -> None:
     assert not outcome.changed and "no chain" in outcome.refusals[0].reason
 
 
+def test_a_weight_that_callers_may_override_stays_an_input_with_a_default() -> None:
+    model = pre_norm()
+    model.graph.inputs.append(model.graph.initializers["b1"])
+    after, outcome = pruned(model, PruneDepth(layers=1, method="influence"))
+    assert outcome.notes[0].endswith(": 1")
+    assert run_reference(after, [{"x": np.ones((1, 5, 8), np.float32)}])
+
+
 def test_bad_input() -> None:
     with pytest.raises(PassError, match="leaves none"):
         pruned(pre_norm(), PruneDepth(layers=3))

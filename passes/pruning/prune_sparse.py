@@ -151,7 +151,7 @@ class PruneSparse(Pass):
         if self.allocation == "uniform":
             return False
         zeros = sum(sum(zeros_already(weight)) for weight in weights)
-        return zeros >= int(self.sparsity * sum(weight.size for weight in weights))
+        return zeros >= sum(int(self.sparsity * weight.size) for weight in weights)
 
     def _goals(
         self, model: ir.Model, weights: list[Prunable], context: PassContext, outcome: Outcome

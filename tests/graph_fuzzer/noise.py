@@ -10,18 +10,24 @@ from onnxlathe.compiler.graph import Names, make_node
 _NOISE = {ir.DataType.FLOAT: 2.0**-22, ir.DataType.DOUBLE: 2.0**-22, ir.DataType.FLOAT16: 2.0**-10}
 
 
-def with_noise(model: ir.Model, seed: int) -> ir.Model:
-    """A copy of ``model`` in which each float value, weights included, is multiplied by random numbers close to 1."""
+def with_noise(model: ir.Model, seed: int, level: float = 0.0) -> ir.Model:
+    """A copy of ``model`` in which each float value, weights included, is multiplied by random numbers close to 1.
+
+    Args:
+        model: the graph.
+        seed: of the numbers.
+        level: how far from 1; 0: a few units of the last place of the value's type.
+    """
     noisy = model.clone()
     names = Names(noisy)
     for graph in list(noisy.graphs()):
         values = [value for node in graph for value in node.outputs]
         values += [*graph.inputs, *graph.initializers.values()] if graph is noisy.graph else []
         for value in values:
-            level = _NOISE.get(value.dtype) if value.dtype is not None else None
-            if level is None or not value.name:
+            place = _NOISE.get(value.dtype) if value.dtype is not None else None
+            if place is None or not value.name:
                 continue
-            _disturb(graph, names, value, level, seed := seed + 3)
+            _disturb(graph, names, value, level or place, seed := seed + 3)
     return noisy
 
 
