@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import grouped_decoders
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -170,6 +171,15 @@ def test_a_decoder_loses_heads_and_its_caches_follow() -> None:
     cache = next(value for value in student.graph.inputs if value.name == "past_key_values.0.key")
     assert cache.shape is not None and cache.shape[1] == 1
     assert len(lathe.Session(student).generate([[1, 2, 3]], max_new_tokens=3)[0]) >= 1
+
+
+def test_all_caches_may_go() -> None:
+    spec = grouped_decoders.Spec(packed="slice")
+    model, feeds = grouped_decoders.decoder(spec), grouped_decoders.samples(spec)
+    result = lathe.compile(model, [PruneAdaptive(bytes=0.25)], calibration=feeds, progress=False)
+    assert [value.name for value in result.model.graph.outputs] == ["logits"]
+    assert not any("past" in (value.name or "") for value in result.model.graph.inputs)
+    assert np.isfinite(result.report.error)
 
 
 def test_a_branch_without_a_bias_whose_sum_is_the_output() -> None:

@@ -37,12 +37,17 @@ def bypass(model: ir.Model, halves: Sequence[Half], by: str, adopt: ir.Node | No
             if is_op(use.node, "Shape") and use.node not in nodes:  # it asks for a size that the stream has too
                 use.node.replace_input_with(use.idx, first.skip)
     names = Names(model)
-    if last.norm is None and is_op(last.add, *_GAMMA, domain=MICROSOFT):
-        _unfused(last, first.skip, nodes, opset(model), names, by)
-    forward(last.out, first.skip, names, by)
+    for half in halves:  # others may read the stream between them
+        if half.norm is None and is_op(half.add, *_GAMMA, domain=MICROSOFT) and _is_read(half.add.outputs[0], nodes):
+            _unfused(half, first.skip, nodes, opset(model), names, by)
+        forward(half.out, first.skip, names, by)
     remove_dead(model)
     for value in list(model.graph.initializers.values()):
         drop_unused(value)
+
+
+def _is_read(value: ir.Value, gone: set[ir.Node]) -> bool:
+    return value.is_graph_output() or any(use.node not in gone for use in value.uses())
 
 
 def _take_over(target: ir.Node, source: ir.Node, by: str) -> None:

@@ -52,7 +52,7 @@ def cut(coupling: Coupling, gone: Array, by: str) -> None:
     }
     _Cutter(coupling, kept, by).run()
     if heads:
-        KeptCaches({}, heads).write(model)
+        KeptCaches(None, heads).write(model)
     remove_dead(model)
 
 
