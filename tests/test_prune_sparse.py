@@ -346,6 +346,18 @@ def test_small_weights_keep_something_and_the_others_make_up_for_it() -> None:
         assert zeros >= int(0.8 * 256) + 2 * int(0.8 * 64) and all(array.any() for array in arrays(after).values())
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_without_refit_the_others_stay_as_they_are(method: str, allocation: str) -> None:
+    make, feeds = MODELS["mlp"]
+    after = make()
+    step = PruneSparse(method=method, refit=False, allocation=allocation)  # type: ignore[arg-type]
+    step(after, PassContext(feeds=feeds))
+    for name, old in arrays(make()).items():
+        new = arrays(after)[name]
+        assert np.array_equal(new, np.where(new == 0, new, old)), name
+
+
 def test_a_weight_of_two_layers() -> None:
     feeds = samples((30, 16))
     model = from_text(SHARED, **weights(w=(16, 16)))

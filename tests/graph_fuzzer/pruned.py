@@ -28,8 +28,7 @@ def masked(step: Pass, before: ir.Model, after: ir.Model) -> ir.Model | None:
         return _without_columns(before, after)
     if isinstance(step, PruneDepth) and step.method != "replace":
         return _without_halves(before, after)
-    moves = isinstance(step, PruneSparse) and step.method == "wanda" and step.target > 0
-    if isinstance(step, PruneSparse) and not step.refit and step.method in ("magnitude", "wanda") and not moves:
+    if isinstance(step, PruneSparse) and not step.refit and step.method in ("magnitude", "wanda"):
         return _without_weights(before, after)
     return None
 
