@@ -73,6 +73,12 @@ def test_projection_that_is_an_output_stays() -> None:
     refused(FuseQKV(), model, "also used elsewhere")
 
 
+def test_a_weight_that_callers_may_replace_stays() -> None:
+    model = build(BARE + STANDARD)
+    model.graph.inputs.append(model.graph.initializers["wv"])
+    refused(FuseQKV(), model, "not a constant", nested=False)
+
+
 def test_external_data(tmp_path: Path) -> None:
     _, outcome = rewrite(FuseQKV(), with_external_data(build(BIASED + STANDARD), tmp_path), nested=False)
     assert outcome.changed

@@ -98,7 +98,8 @@ def _projections(attention: ir.Node) -> list[_Projection]:
         raise _Refused("only some of the three projections have a bias")
     for item in found:
         weight = item.product.inputs[1]
-        if weight is None or weight.shape is None or len(weight.shape) != 2 or not weight.is_initializer():
+        fixed = weight is not None and weight.is_initializer() and not weight.is_graph_input()
+        if not fixed or weight is None or weight.shape is None or len(weight.shape) != 2:
             raise _Refused(f"the weight of {item.product.name} is not a constant matrix")
         if len(weight.uses()) != 1:
             raise _Refused(f"the weight of {item.product.name} is also used elsewhere: merging would store it twice")

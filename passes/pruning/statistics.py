@@ -29,12 +29,14 @@ class Moments:
 
     def update(self, x: Array, target: Array | None = None) -> None:
         """Takes in rows of x [rows, K] and of t [rows, N]."""
+        # Squared in float32, deviations that are small beside their mean would end as negative variances.
+        x = x.astype(np.float64)
         self.count += len(x)
-        self._sum = self._sum + x.sum(axis=0, dtype=np.float64)
-        self._square = self._square + (x.T @ x).astype(np.float64)
+        self._sum = self._sum + x.sum(axis=0)
+        self._square = self._square + x.T @ x
         if target is not None:
             self._target = self._target + target.sum(axis=0, dtype=np.float64)
-            self._cross = self._cross + (target.T @ x).astype(np.float64)
+            self._cross = self._cross + target.T.astype(np.float64) @ x
             self._power += float(np.square(target, dtype=np.float64).sum())
 
     def plus(self, other: Moments) -> Moments:

@@ -76,11 +76,21 @@ def draw(random: Random, make: Callable[[Random], tuple[onnx.ModelProto, list[Fe
                 continue
             case.feeds.append(sample)
             case.results.append(dict(zip(names, results, strict=True)))
-        if case.feeds:
+        if case.feeds and _truthful(proto, case.results[0]):
             if any(name.startswith("past") for name in case.feeds[0]):  # what counts of a decoder's results
                 case.results = run_reference(ir.from_proto(proto), case.feeds)
             return case
     raise AssertionError
+
+
+def _truthful(proto: onnx.ModelProto, results: dict[str, Array]) -> bool:
+    """Whether outputs have the ranks declared: ONNX Runtime only warns, and constants with more axes change them."""
+    declared = {value.name: value.type.tensor_type for value in proto.graph.output}
+    return all(
+        not declared[name].HasField("shape") or len(declared[name].shape.dim) == array.ndim
+        for name, array in results.items()
+        if name in declared
+    )
 
 
 def _any(random: Random) -> tuple[onnx.ModelProto, list[Feeds]]:
