@@ -174,9 +174,19 @@ def least_squares(weight: Array, covariance: Array, cross: Array, kept: Array, r
         return result
     inner = covariance[np.ix_(kept, kept)]
     right = cross[:, kept] - weight[:, kept] @ inner
-    solved = scipy.linalg.solve(damped(inner, ridge), right.T, assume_a="pos").T
-    result[:, kept] = weight[:, kept] + solved
+    result[:, kept] = weight[:, kept] + _solved(damped(inner, ridge), right)
     return result
+
+
+def _solved(matrix: Array, right: Array) -> Array:
+    """``right matrix^-1`` of a symmetric matrix that rounding may have left with eigenvalues that are not positive:
+    the variance of inputs whose mean is thousands of times larger. In these directions nothing is moved."""
+    try:
+        return scipy.linalg.solve(matrix, right.T, assume_a="pos").T
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(matrix)
+        known = values > max(float(values.max()), 0.0) * 1e-6
+        return (right @ vectors[:, known] / values[known]) @ vectors[:, known].T
 
 
 def squared_error(weight: Array, covariance: Array, cross: Array, power: float) -> float:
