@@ -174,19 +174,20 @@ def least_squares(weight: Array, covariance: Array, cross: Array, kept: Array, r
         return result
     inner = covariance[np.ix_(kept, kept)]
     right = cross[:, kept] - weight[:, kept] @ inner
-    result[:, kept] = weight[:, kept] + _solved(damped(inner, ridge), right)
+    result[:, kept] = weight[:, kept] + _solve(damped(inner, ridge), right.T).T
     return result
 
 
-def _solved(matrix: Array, right: Array) -> Array:
-    """``right matrix^-1`` of a symmetric matrix that rounding may have left with eigenvalues that are not positive:
-    the variance of inputs whose mean is thousands of times larger. In these directions nothing is moved."""
+def _solve(covariance: Array, right: Array) -> Array:
+    """``covariance^-1 right``; where rounding left eigenvalues that are not positive (means far above the deviations),
+    these count as a small share of the mean one.
+    """
     try:
-        return scipy.linalg.solve(matrix, right.T, assume_a="pos").T
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(matrix)
-        known = values > max(float(values.max()), 0.0) * 1e-6
-        return (right @ vectors[:, known] / values[known]) @ vectors[:, known].T
+        return scipy.linalg.solve(covariance, right, assume_a="pos")
+    except scipy.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(covariance)
+        values = np.maximum(values, DAMPING * max(float(values.mean()), 1e-30))
+        return vectors @ ((vectors.T @ right) / values[:, None])
 
 
 def squared_error(weight: Array, covariance: Array, cross: Array, power: float) -> float:
