@@ -87,25 +87,19 @@ def _unfused(half: Half, stream: ir.Value, gone: set[ir.Node], version: int, nam
         raise ValueError(f"{node.name} is in no graph")
     op, since = ("LayerNormalization", 17) if node.op_type == "SkipLayerNormalization" else ("RMSNormalization", 23)
     gains = [node.inputs[index] for index in _GAMMA[node.op_type]]
-    epsilon = attribute(node, "epsilon", 1e-5)
+    attributes, domain, inputs = {"epsilon": attribute(node, "epsilon", 1e-5)}, "", [stream]
     if version >= since:
-        attributes = {"axis": -1, "epsilon": epsilon}
-        new = make_node(op, [stream, *gains], name=name, output=f"{name}_out", like=normalized, attributes=attributes)
-    else:  # this opset has no operator of its own for it: one half of the stream and the other are added, exactly
+        attributes["axis"] = -1
+    else:  # this opset has no such operator: a half of the stream is added to itself, which is exact
         dtype = (normalized.dtype or stream.dtype or ir.DataType.FLOAT).numpy()
-        scale = add_initializer(graph, names, f"{name}_half", np.array(0.5, dtype))
-        half = make_node("Mul", [stream, scale], name=f"{name}_halved", output=f"{name}_halved_out", like=normalized)
-        graph.insert_before(node, half)
-        both = [half.outputs[0]] * 2
-        new = make_node(
-            node.op_type,
-            [*both, *gains],
-            name=name,
-            output=f"{name}_out",
-            like=normalized,
-            domain=MICROSOFT,
-            attributes={"epsilon": epsilon},
-        )
+        factor = add_initializer(graph, names, f"{name}_half", np.array(0.5, dtype))
+        halved = make_node("Mul", [stream, factor], name=f"{name}_halved", output=f"{name}_halved_out", like=normalized)
+        graph.insert_before(node, halved)
+        op, domain, inputs = node.op_type, MICROSOFT, [halved.outputs[0]] * 2
+    output = f"{name}_out"
+    new = make_node(
+        op, [*inputs, *gains], name=name, output=output, like=normalized, domain=domain, attributes=attributes
+    )
     new.metadata_props[PASS_KEY] = by
     graph.insert_before(node, new)
     forward(normalized, new.outputs[0], names, by)
