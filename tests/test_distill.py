@@ -450,6 +450,26 @@ def test_streams_of_tokens_for_a_decoder() -> None:
     assert outcome.counts == {"weights trained": 2} and after < 0.5 * before
 
 
+def test_a_teacher_with_layers_and_heads_that_the_student_lost() -> None:
+    """It gets empty caches of its own; samples whose caches hold something cannot be given to it."""
+    teacher, student = bigrams(), bigrams(0.5)
+    for value in (teacher.graph.inputs[3], teacher.graph.outputs[1]):
+        value.shape = ir.Shape(["b", 4, "p", 4])
+    caches = ir.TensorType(ir.DataType.FLOAT)
+    teacher.graph.inputs.append(ir.Value(name="past_key_values.1.key", shape=ir.Shape(["b", 4, "p", 4]), type=caches))
+    streams = [RNG.integers(0, 20, size) for size in (30, 21, 40, 9, 50)]
+    options: Any = {"data": streams, "window": 16, "batch": 2, "steps": 50, "lr": 0.03, "temperature": 1.0}
+    _, outcome = distill(student, teacher, **options)
+    assert outcome.counts == {"weights trained": 2}
+    samples = training_samples(streams, student, 16, 2)
+    for sample in samples:
+        batch, length = sample["input_ids"].shape
+        sample["past_key_values.0.key"] = np.zeros((batch, 2, 3, 4), np.float32)
+        sample["attention_mask"] = np.ones((batch, length + 3), np.int64)
+    with pytest.raises(PassError, match="another cache"):
+        distill(student, teacher, **(options | {"data": samples}))
+
+
 def test_mnist_convolutions_recover() -> None:
     """The real network with half of its second filters' weights gone, 600 digits, a few steps."""
     folder = DATA / "mnist"

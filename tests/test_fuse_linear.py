@@ -161,3 +161,9 @@ def test_external_data(tmp_path: Path) -> None:
 
 def test_dead_nodes_are_not_its_business() -> None:
     refused(FuseLinear(), build("dead = Relu(x) y = Tanh(x)"))
+
+
+def test_a_factor_behind_two_biases() -> None:
+    after, outcome = rewrite(FuseLinear(), build("p = MatMul(x, w) q = Add(p, b) r = Add(q, b2) y = Mul(r, c)"))
+    assert ops(after) == {"MatMul": 1, "Add": 1}
+    assert outcome.counts == {"biases merged": 1, "scale folded into weight": 1}

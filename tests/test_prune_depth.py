@@ -14,7 +14,7 @@ import onnxlathe as lathe
 from onnxlathe.compiler.base import PassContext
 from onnxlathe.compiler.graph import constant, weight_bytes
 from onnxlathe.compiler.load import infer_shapes, load_model
-from onnxlathe.compiler.verify import check_structure, compare, run_reference
+from onnxlathe.compiler.verify import check_model, check_structure, compare, run_reference
 from onnxlathe.passes import PruneDepth
 from onnxlathe.passes.pruning.blocks import blocks_of, residual_stream
 from onnxlathe.passes.pruning.bypass import bypass
@@ -210,6 +210,34 @@ def test_others_that_read_the_stream_between_see_that_nothing_was_added() -> Non
     feeds = samples(masked, 2)
     assert compare(run_reference(masked, feeds), run_reference(smaller, feeds))[0] < 1e-5
     assert sum(node.op_type == "Gelu" for node in smaller.graph) == 2
+
+
+@pytest.mark.parametrize(("op", "opset"), [("SkipSimplifiedLayerNormalization", 20), ("SkipLayerNormalization", 14)])
+def test_a_fused_normalization_where_the_opset_has_none_of_its_own(op: str, opset: int) -> None:
+    rms = "Simplified" in op
+    beta = "" if rms else ", b"
+    body = "".join(
+        f"a{i} = MatMul(n{i}, w{i})  g{i} = Tanh(a{i})  d{i} = MatMul(g{i}, v{i})"
+        f"  n{i + 1}, m{i}, k{i}, s{i + 1} = com.microsoft.{op}(s{i}, d{i}, s{beta})  "
+        for i in range(3)
+    )
+    shapes = {"p": (8, 8), "s": (8,), "b": (8,)}
+    shapes |= {f"w{i}": (8, 16) for i in range(3)} | {f"v{i}": (16, 8) for i in range(3)}
+    arrays = {n: RNG.standard_normal(s).astype(np.float32) for n, s in shapes.items() if n != "b" or not rms}
+    declared = ", ".join(f"float{list(array.shape)} {name}" for name, array in arrays.items())
+    text = f"""<ir_version: 7, opset_import: ["" : {opset}, "com.microsoft" : 1]> g (float[n, 5, 8] x, {declared})
+        => (float[n, 5, 8] y) {{ s0 = MatMul(x, p)  n0 = Neg(s0)  {body}  y = Add(n3, s3) }}"""
+    smaller = from_text(text, **arrays)
+    masked = from_text(text, **(arrays | {"v2": arrays["v2"] * 0}))
+    for value in (value for node in smaller.graph for value in node.outputs if node.domain):
+        value.shape, value.type = smaller.graph.inputs[0].shape, smaller.graph.inputs[0].type
+    infer_shapes(smaller)
+    halves = residual_stream(smaller)
+    bypass(smaller, [half for half in halves if half.branch.name == "d2"], "test")
+    check_structure(smaller)
+    check_model(smaller)
+    feeds = samples(masked, 2)
+    assert compare(run_reference(masked, feeds), run_reference(smaller, feeds))[0] < 1e-5
 
 
 def test_a_weight_that_callers_may_override_stays_an_input_with_a_default() -> None:

@@ -433,6 +433,8 @@ def test_refusals() -> None:
     refused(PruneSparse(sparsity=0.9, method="magnitude", refit=False), small, "nothing would be left")
     with pytest.raises(PassError, match="needs calibration samples"):
         PruneSparse()(mlp(), PassContext())
+    with pytest.raises(PassError, match="What the layer of a reads"):
+        PruneSparse()(mlp(), PassContext(feeds=[{"x": np.full((4, 24), np.nan, np.float32)}]))
     nested = PruneSparse()(inside_if(mlp()), context)
     assert not nested.changed and any("body of an If" in item.reason for item in nested.refusals)
 

@@ -373,6 +373,10 @@ def test_a_bias_that_two_layers_share_does_not_tie_them() -> None:
 
 
 def test_bad_input() -> None:
+    spoiled = [{"x": np.full((2, 5, 8), np.inf, np.float32)}]
+    for step in (PruneWidth(multiple=1), PruneWidth(multiple=1, method="magnitude")):
+        with pytest.raises(PassError, match="NaN or infinite on the calibration samples"):
+            step(load_model(gated_ffn()), PassContext(feeds=spoiled))
     with pytest.raises(PassError, match="leaves none of the 4 heads"):
         pruned(heads("Attention", "q_num_heads=4, kv_num_heads=4"), PruneWidth(ratio=0.95))
     with pytest.raises(PassError, match="needs calibration samples"):

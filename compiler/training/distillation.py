@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from ...runtime.errors import PassError
-from ...runtime.generation.causal_lm import MASK
+from ...runtime.generation.causal_lm import MASK, TOKENS
 from ...runtime.inference import expose, open_session, run_session, session_options
 from ...runtime.providers import Device
-from ..base import Feeds
+from ..base import Array, Feeds
 from .data import LABELS
 from .losses import Distance, hard_loss, match_loss, soft_loss, token_mask
 from .torch_graph import TorchGraph
@@ -154,9 +155,33 @@ class Distillation:
         if key in self._known:
             return self._known[key]
         inputs = {name: array for name, array in sample.items() if name in self._inputs}
-        found = run_session(self._teacher, inputs, self.goal.of_teacher)
+        found = run_session(self._teacher, inputs | _own_caches(self._teacher, sample), self.goal.of_teacher)
         answers = {name: torch.tensor(array).to(self.device) for name, array in found.items()}
         self._room -= sum(array.nbytes for array in found.values())
         if self._room >= 0:
             self._known[key] = answers
         return answers
+
+
+def _own_caches(teacher: ort.InferenceSession, sample: Feeds) -> dict[str, Array]:
+    """Empty caches for the teacher where those of the sample are not its own: the student lost layers or heads.
+
+    Raises:
+        PassError: the sample's caches are not empty.
+    """
+    found: dict[str, Array] = {}
+    for value in teacher.get_inputs():
+        if not value.name.startswith("past") or len(value.shape) != 4 or not {TOKENS, MASK} <= sample.keys():
+            continue
+        _, heads, _, size = value.shape
+        given = sample.get(value.name)
+        if given is not None and given.shape[1] == heads and given.shape[3] == size:
+            continue
+        if sample[TOKENS].shape != sample[MASK].shape:
+            raise PassError(
+                f"The teacher has another cache {value.name} than the samples, [batch, {heads}, length, {size}].",
+                "Give samples that begin with an empty cache, or streams of tokens (data=...).",
+            )
+        dtype = np.float16 if "float16" in value.type else np.float32
+        found[value.name] = np.zeros((len(sample[TOKENS]), heads, 0, size), dtype)
+    return found

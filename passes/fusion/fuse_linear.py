@@ -55,7 +55,14 @@ class FuseLinear(Pass):
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        names = Names(model)
+        names, fused = Names(model), -1
+        while fused != outcome.counts.total():  # biases that were merged leave a factor with one to fold it into
+            fused = outcome.counts.total()
+            outcome.refusals.clear()
+            self._round(model, names, outcome)
+        return outcome
+
+    def _round(self, model: ir.Model, names: Names, outcome: Outcome) -> None:
         for node in all_nodes(model):
             if is_op(node, "Mul", "Div"):
                 self._scale_after(node, names, outcome)
@@ -71,7 +78,6 @@ class FuseLinear(Pass):
                 self._gemm(node, names, outcome)
         if outcome.changed:
             remove_dead(model)
-        return outcome
 
     def _scale_after(self, node: ir.Node, names: Names, outcome: Outcome) -> None:
         """Rule 1, the factor behind the product."""

@@ -5,9 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from ...compiler.graph import MICROSOFT, PASS_KEY, Names, attribute, is_op, make_node, opset, remove_dead
+from ...compiler.graph import (
+    MICROSOFT,
+    PASS_KEY,
+    Names,
+    add_initializer,
+    attribute,
+    is_op,
+    make_node,
+    opset,
+    remove_dead,
+)
 from ...compiler.kept_caches import KeptCaches
 from ...compiler.padding import cache_names
 from ...runtime.errors import PassError
@@ -71,18 +82,26 @@ def _unfused(half: Half, stream: ir.Value, gone: set[ir.Node], version: int, nam
         _take_over(fused, node, by)
         forward(normalized, fused.outputs[0], names, by)
         return
-    simplified = node.op_type == "SkipSimplifiedLayerNormalization"
-    op = "LayerNormalization"
-    if simplified:
-        op = "RMSNormalization" if version >= 23 else "SimplifiedLayerNormalization"
-    inputs = [stream, *(node.inputs[index] for index in _GAMMA[node.op_type])]
-    attributes = {"axis": -1, "epsilon": attribute(node, "epsilon", 1e-5)}
-    name = names.fresh(f"{node.name}/norm")
-    new = make_node(op, inputs, name=name, output=f"{name}_out", like=normalized, attributes=attributes)
+    graph, name = node.graph, names.fresh(f"{node.name}/norm")
+    if not isinstance(graph, ir.Graph):
+        raise ValueError(f"{node.name} is in no graph")
+    op, since = ("LayerNormalization", 17) if node.op_type == "SkipLayerNormalization" else ("RMSNormalization", 23)
+    gains = [node.inputs[index] for index in _GAMMA[node.op_type]]
+    attributes, domain, inputs = {"epsilon": attribute(node, "epsilon", 1e-5)}, "", [stream]
+    if version >= since:
+        attributes["axis"] = -1
+    else:  # this opset has no such operator: a half of the stream is added to itself, which is exact
+        dtype = (normalized.dtype or stream.dtype or ir.DataType.FLOAT).numpy()
+        factor = add_initializer(graph, names, f"{name}_half", np.array(0.5, dtype))
+        halved = make_node("Mul", [stream, factor], name=f"{name}_halved", output=f"{name}_halved_out", like=normalized)
+        graph.insert_before(node, halved)
+        op, domain, inputs = node.op_type, MICROSOFT, [halved.outputs[0]] * 2
+    output = f"{name}_out"
+    new = make_node(
+        op, [*inputs, *gains], name=name, output=output, like=normalized, domain=domain, attributes=attributes
+    )
     new.metadata_props[PASS_KEY] = by
-    graph = node.graph
-    if graph is not None:
-        graph.insert_before(node, new)
+    graph.insert_before(node, new)
     forward(normalized, new.outputs[0], names, by)
 
 

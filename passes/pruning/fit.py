@@ -17,7 +17,7 @@ from ..symbolic import SymbolicShapes
 from .blocks import alike
 from .cut import drop_unused
 from .obs import Problem, least_squares, squared_error
-from .statistics import Moments, Walk, input_rows, masks_of, output_rows
+from .statistics import Moments, Walk, input_rows, masks_of, output_rows, require_finite
 from .units import Consumer
 
 _SKIPS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
@@ -199,6 +199,8 @@ def fit(original: ir.Model, model: ir.Model, tasks: Sequence[Task], context: Pas
                 target = target - output_rows(task.layer, now.get(sample, task.skip), mask)
             rows = input_rows(task.layer, now.get(sample, task.x), mask)
             parts[sample % _HELD_OUT == _HELD_OUT - 1].update(rows, np.asarray(target))
+        for part in (part for part in parts if part.count):
+            require_finite(task.layer.weight.name, part.covariance(False), part.power(False))
         fits.append(_fit_one(task, parts, names, by))
     return fits
 

@@ -17,6 +17,7 @@ from ..low_bit.streams import MASK, Stream, ancestors, same_values, stage_order
 from .sparse_bias import shifted
 from .sparse_layers import Prunable
 from .sparse_solvers import Goal, Second, loss
+from .statistics import require_finite
 
 _MEMORY = 192 << 20  # bytes of activations kept in memory per stream
 
@@ -156,6 +157,7 @@ def solve_groups(weight: Prunable, goals: Sequence[Goal], moments: Moments, solv
     """
     if moments.hessian is None or moments.total is None:
         raise ValueError("no samples")
+    require_finite(weight.name, moments.hessian, moments.cross, moments.pull)
     matrix, centred = weight.matrix(), weight.bias is not None
     result, shift = np.empty_like(matrix), np.zeros(matrix.shape[:2])
     lost = whole = 0.0

@@ -72,6 +72,15 @@ class Moments:
         return power - float(np.square(self.target_mean()).sum()) if centred else power
 
 
+def require_finite(name: str | None, *sums: Array | float | None) -> None:
+    """Raises PassError where what was summed up over a layer's inputs or targets is NaN or infinite."""
+    if not all(np.isfinite(item).all() for item in sums if item is not None):
+        raise PassError(
+            f"What the layer of {name} reads, or what it is to give, is NaN or infinite on the calibration samples.",
+            "Leave out those samples, or the layers behind what makes them (exclude=...).",
+        )
+
+
 def needs_samples(context: PassContext, name: str) -> None:
     """Raises PassError where there are no calibration samples."""
     if next(iter(context.feeds), None) is None:
@@ -102,6 +111,7 @@ def moments_of(
         moments = Moments()
         for mask, array in zip(masks, stream.advance(number), strict=True):
             moments.update(input_rows(reader[x], array, mask))
+        require_finite(reader[x].weight.name, moments.covariance(False))
         yield x, moments
 
 

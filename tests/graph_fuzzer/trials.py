@@ -39,7 +39,8 @@ _FORMS: list[Literal["auto", "Attention", "MultiHeadAttention"]] = ["auto", "Att
 _MULTIPLY: list[Literal["never", "where-it-pays"]] = ["never", "where-it-pays"]
 _MACHINES = {"cuda": (1e12, 1e11, 5e-6)}
 _LOOSE = Budget("relative_error", 100.0)
-_KINDS = [("ffn", "heads", "channels"), ("ffn", "heads", "channels"), ("ffn",), ("heads",), ("channels",)]
+_ALL = ("ffn", "heads", "channels")
+_KINDS = [_ALL, _ALL, _ALL, ("ffn", "channels"), ("heads",)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _width(random: Random) -> PruneWidth:
         what=random.choice(_KINDS),
         method=random.choice(["obs", "magnitude", "activation"]),
         refit=random.random() < 0.5,
-        multiple=random.choice([1, 4, 16]),
+        multiple=random.choice([1, 1, 4, 16]),
     )
 
 
@@ -148,7 +149,7 @@ def _depth(random: Random) -> PruneDepth:
         layers=random.choice([None, 1, 1, 2]),
         ratio=random.choice([1 / 6, 0.4]),
         method=random.choice(["influence", "greedy", "replace"]),
-        what=random.choice(["blocks", "blocks", "attention", "ffn"]),
+        what=random.choice(["blocks", "blocks", "blocks", "attention", "ffn"]),
     )
 
 
