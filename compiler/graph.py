@@ -140,6 +140,13 @@ def dims(value: ir.Value | None) -> list[int | str | None] | None:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
 
 
+def give_types(values: Iterable[ir.Value], arrays: Mapping[str, Array]) -> None:
+    """Gives those of ``values`` whose element type is not known (contrib operators make such) that of their array."""
+    for value in values:
+        if value.dtype is None and (value.name or "") in arrays:
+            value.dtype = ir.DataType.from_numpy(arrays[value.name or ""].dtype)
+
+
 def rank(value: ir.Value | None) -> int | None:
     """Rank of ``value``, or None if unknown."""
     return None if value is None or value.shape is None else len(value.shape)
@@ -251,6 +258,16 @@ def remove_dead(model: ir.Model) -> int:
             graph.remove(node, safe=True)
             removed += 1
     return removed
+
+
+def detach_removed(model: ir.Model) -> None:
+    """Lets nodes that other libraries took out of the graphs read nothing: else they count as readers."""
+    inside = set(all_nodes(model))
+    for graph in model.graphs():
+        made = (value for node in graph for value in node.outputs)
+        for value in (*graph.inputs, *graph.initializers.values(), *made):
+            for node, index in [(use.node, use.idx) for use in value.uses() if use.node not in inside]:
+                node.replace_input_with(index, None)
 
 
 def _stop_reading(body: ir.Graph) -> None:

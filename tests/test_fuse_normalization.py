@@ -174,3 +174,37 @@ def test_shared_scale(tmp_path: Path) -> None:
     assert ops(after) == {"RMSNormalization": 2}
     _, outcome = rewrite(FuseNormalization(), with_external_data(model, tmp_path), nested=False)
     assert outcome.counts == {"RMSNormalization": 2}
+
+
+def test_the_width_behind_a_normalization_just_made_is_known() -> None:
+    """A contrib operator in front leaves the shapes open; the second normalization has no scale to read it from."""
+    normalize = "m{0} = Mul(x{0}, x{0}) r{0} = ReduceMean(m{0}, last) a{0} = Add(r{0}, eps) s{0} = Sqrt(a{0}) "
+    body = (
+        "x1 = com.microsoft.QuickGelu<alpha=1.0>(x) "
+        + normalize.format(1)
+        + "d1 = Div(x1, s1) x2 = Mul(d1, w) "
+        + normalize.format(2)
+        + "y = Div(x2, s2)"
+    )
+    model = from_text(
+        '<ir_version: 11, opset_import: ["" : 23, "com.microsoft" : 1]>'
+        f" g (float[n, s, 8] x, float[8] w, int64[1] last, float eps) => (float[n, s, 8] y) {{ {body} }}",
+        w=np.arange(1, 9, dtype=np.float32),
+        last=np.array([-1]),
+        eps=np.float32(1e-5),
+    )
+    for node in model.graph:
+        node.outputs[0].type = model.graph.inputs[0].type
+        if node.outputs[0] not in model.graph.outputs:
+            node.outputs[0].shape = None
+    _, outcome = rewrite(FuseNormalization(), model)
+    assert outcome.counts == {"RMSNormalization": 2}
+
+
+def test_what_one_fusion_tells_of_shapes_serves_the_next() -> None:
+    """Whether g is a scale of the second one depends on the rank of h, which is only known of an operator's result."""
+    first = CENTRE + "q = Mul(d, d) " + ROOT + "n = Div(d, r) h = Mul(n, g) "
+    second = """m2 = ReduceMean(h, last) d2 = Sub(h, m2) q2 = Mul(d2, d2) v2 = ReduceMean(q2, last) w2 = Add(v2, eps)
+        r2 = Sqrt(w2) n2 = Div(d2, r2) h2 = Mul(n2, g) y = Add(h2, b)"""
+    after, outcome = rewrite(FuseNormalization(), build(first + second))
+    assert ops(after) == {"LayerNormalization": 2} and outcome.counts == {"LayerNormalization": 2}

@@ -97,3 +97,9 @@ def test_near_misses() -> None:
     refused(TilePatches(), build(front + other + TAIL, outputs=OUT + ", float[1, 16, 1, 1] z"), nested=False)
     late = 'a = Conv<auto_pad="SAME_UPPER">(x, w) e = Softmax(a) '
     refused(TilePatches(), build(late + TAIL, outputs=OUT), nested=False)
+
+
+def test_strips_are_not_cut_again() -> None:
+    model = build(FRONTS["chain"] + TAIL, outputs=OUT)
+    after, _ = rewrite(TilePatches(peak_bytes=int(0.7 * bound(model))), model, nested=False)
+    refused(TilePatches(), after, "strips already", nested=False)

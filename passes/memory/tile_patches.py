@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ...compiler.base import Gate, Outcome, Pass, PassContext
-from ...compiler.graph import attribute, dims, opset, rank
+from ...compiler.graph import PASS_KEY, attribute, dims, opset, rank
 from .lifetimes import Sizes, flow_of
 from .order_bounds import order_bound
 from .strips import WINDOW, rows_of, tile
@@ -46,7 +46,8 @@ class TilePatches(Pass):
     Where the front ends and how many strips there are is chosen by the memory plan of the result: the fewest strips
     that need at most ``peak_bytes``, or those that need the least.
 
-    Refused: dynamic rows or columns, opsets below 13, fronts with nothing to gain, budgets that cannot be reached.
+    Refused: dynamic rows or columns, opsets below 13, fronts with nothing to gain, budgets that cannot be reached,
+    graphs that have strips.
 
     Args:
         peak_bytes: bytes of activations there are; None: as few as possible.
@@ -68,6 +69,9 @@ class TilePatches(Pass):
             return outcome
         anchor = ends[0].producer()
         assert anchor is not None
+        if any(node.metadata_props.get(PASS_KEY) == self.name for node in model.graph):
+            outcome.refuse(anchor, _RULE, "it has strips already")
+            return outcome
         if opset(model) < 13:
             outcome.refuse(anchor, _RULE, "Slice and Concat as needed here have opset 13: run upgrade-opset first")
             return outcome
