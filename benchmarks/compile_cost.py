@@ -126,6 +126,7 @@ def one(passes: str, count: int, timeout: float) -> dict[str, Any]:
             raise SystemExit(done["failure"])
         weights = sum(file.stat().st_size for file in source.parent.glob(f"{source.name}.data"))
         done |= {"passes": passes, "samples": count, "tokens": TOKENS, "float_bytes": weights}
+        done["resident_peak_in"] = max(done["parts"], key=lambda part: done["parts"][part][1])
     table = Table(
         title=f"{done['seconds']:.0f} s; peaks / {weights / 1e6:.0f} MB of float weights", title_justify="left"
     )

@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from .artifact import is_compressed, load
 from .errors import ModelError
+from .memory import return_freed
 from .providers import Device, providers_for
 
 # Smaller tensors stay in the serialized graph, where ORT's shape inference and constant folding read them.
@@ -82,6 +83,7 @@ def open_session(
     Raises:
         ModelError: ONNX Runtime refuses the model; the message names the reason.
     """
+    return_freed()
     if not isinstance(source, ir.Model) and is_compressed(source):
         source = load(source)
     try:

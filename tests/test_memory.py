@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 import onnxlathe as lathe
 from onnxlathe.runtime.inference import session_options
-from onnxlathe.runtime.memory import BufferPool, SharedWeights, size_class
+from onnxlathe.runtime.memory import BufferPool, SharedWeights, return_freed, size_class
 from rewriting import from_text
 
 TEXT = """<ir_version: 10, opset_import: ["" : 20]>
@@ -91,3 +92,18 @@ def test_arena_options() -> None:
     assert not options.enable_mem_pattern and not options.enable_cpu_mem_arena
     assert str(options.execution_order).endswith("PRIORITY_BASED")
     assert session_options().enable_mem_pattern and session_options().enable_cpu_mem_arena
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back themselves")
+def test_what_is_freed_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmRSS"))
+
+    start = resident()
+    arrays = [np.ones(12_000) for _ in range(1000)]  # 96 kB each: from the heap, not mapped
+    kept = arrays[::100]
+    del arrays
+    assert resident() - start > 80_000  # kB; those that are kept hold the heap open
+    return_freed()
+    assert resident() - start < 10_000
+    assert all((array == 1).all() for array in kept)

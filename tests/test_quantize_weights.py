@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,35 @@ def test_where_onnxruntime_has_integer_kernels(bits: int, size: int) -> None:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
         results.append(run_session(open_session(model, session_options()), x)["y"])
     assert (np.abs(results[0] - results[1]).max() > 1e-4) == has_integer_kernel(node)
+
+
+@pytest.mark.parametrize("body", ["y = MatMul(x, w)", "y = Gemm<transB=1>(x, t)"])
+def test_no_file_stays_mapped(body: str, tmp_path: Path) -> None:
+    """The pages of a mapped file count as the process's memory until the mapping is closed."""
+    name, array = ("t", np.ascontiguousarray(W.T)) if "t)" in body else ("w", W)
+    model = with_external_data(single(body, "float[n, 96] x", "float[n, 40] y", **{name: array}), tmp_path)
+    tensor = model.graph.initializers[name].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert plain()(model, PassContext()).changed
+    assert tensor.raw is None
+    assert np.array_equal(tensor.numpy(), array)
+
+
+def test_the_graphs_that_samples_ran_through_are_gone() -> None:
+    """Although a compile pauses the collector of cycles."""
+
+    def graphs() -> int:
+        return sum(isinstance(item, ir.Graph) for item in gc.get_objects())
+
+    model = block()
+    gc.collect()
+    gc.disable()
+    try:
+        before = graphs()
+        plain(method="gptq")(model, PassContext(feeds=block_feeds(2)))
+        assert graphs() == before
+    finally:
+        gc.enable()
 
 
 def test_saved_and_loaded_by_plain_onnxruntime(tmp_path: Path) -> None:

@@ -94,8 +94,9 @@ def asymmetric_target(weight: Array, inputs: Inputs, cross: Array, alpha: float)
         cross: (Xf - Xq) Xq^T, [K, K].
         alpha: 0 (plain GPTQ) to 1 (all of the difference).
     """
-    correction = (alpha * np.linalg.solve(inputs.damped, cross.T).T).astype(np.float32)
-    return weight + weight @ correction
+    change = weight @ (alpha * np.linalg.solve(inputs.damped, cross.T).T).astype(np.float32)
+    change += weight
+    return change
 
 
 def row_losses(weight: Array, quantized: Array, hessian: Array) -> Array:

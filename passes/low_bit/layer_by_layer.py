@@ -103,14 +103,13 @@ def gptq_codes(
         losses.tokens = max(losses.tokens, tokens)
         for request in groups[x]:
             weight = request.weight
-            matrix = weight.matrix()
-            wanted = asymmetric_target(matrix, inputs, cross, target) if cross is not None else matrix
-            found = _fit(wanted, inputs, request)
+            found = _fit(weight.matrix(), inputs, cross, target, request)
             coded[weight] = Coded(found.codes, found.grid)
             losses.ratios[weight.name] = found.loss / found.rounded if found.rounded > 0 else 1.0
             if tokens < weight.inputs:
                 losses.thin.append(weight.name)
-            initializers[weight.name].const_value = weight.stored(found.grid.decode(found.codes))
+            if x is not stages[-1]:  # nothing is run behind that
+                initializers[weight.name].const_value = weight.stored(found.grid.decode(found.codes))
         for request in groups[stages[number - 1]] if number else ():  # behind the frontier: nobody reads it any more
             initializers[request.weight.name].const_value = request.weight.value.const_value
     return coded, losses
@@ -186,9 +185,11 @@ def _second_and_first(arrays: Iterable[Array], masks: Sequence[Feeds]) -> tuple[
     return hessian, magnitude / max(tokens, 1)
 
 
-def _fit(matrix: Array, inputs: Inputs, request: Request) -> Fit:
+def _fit(matrix: Array, inputs: Inputs, cross: Array | None, target: float, request: Request) -> Fit:
     """From the grid of least error weighted by the inputs; small weights also from that of plain rounding."""
     bits, size, symmetric = request.bits, request.block_size, request.symmetric
+    if cross is not None:
+        matrix = asymmetric_target(matrix, inputs, cross, target)
     plain = minmax_grid(matrix, bits, size, symmetric)
     starts = [searched_grid(matrix, bits, size, symmetric, np.diagonal(inputs.damped))]
     return fit(matrix, inputs, plain, starts if matrix.size > _LARGE else [*starts, plain], _ROUNDS)

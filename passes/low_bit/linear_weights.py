@@ -84,11 +84,11 @@ class Weight:
         return found
 
     def matrix(self) -> Array:
-        """W, float32 [N, K]."""
+        """W, float32 [N, K], a copy: a view would keep the pages of its file in memory."""
         array, tensor = constant(self.value), self.value.const_value
         if array is None:
             raise ValueError(f"{self.name} has no data")
-        matrix = np.ascontiguousarray(array if self.by_outputs else array.T, np.float32)
+        matrix = np.array(array if self.by_outputs else array.T, np.float32, order="C")
         del array
         unmap(tensor)
         return matrix

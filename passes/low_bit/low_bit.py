@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -97,6 +98,7 @@ def _codes(
         else:
             coded, notes = awq_codes(model, groups, context.feeds, context.threads, context.progress)
             outcome.notes += notes
+        gc.collect()  # the parts of graphs that samples ran through: cycles, whose collector a compile pauses
         rest = [weight.name for weight in requests if weight not in coded]
         if rest:
             outcome.notes.append(
