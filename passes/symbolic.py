@@ -85,7 +85,7 @@ class SymbolicShapes:
         if value.shape is None:
             return None
         return tuple(
-            number(dim) if isinstance(dim, int) else (1, (dim.value or f"{value.name}@{axis}",))
+            number(dim) if isinstance(dim, int) else (1, (dim.value or _own(value, axis),))
             for axis, dim in enumerate(value.shape)
         )
 
@@ -197,6 +197,16 @@ _CONTENT_RULES: dict[str, Callable[[ir.Node, list[Dims]], Dims | None]] = {
 }
 
 
+def _own(value: ir.Value, axis: int) -> str:
+    """The symbol of a dim that nothing is known about."""
+    return f"{value.name}@{axis}"
+
+
+def is_own(symbol: str) -> bool:
+    """Whether ``symbol`` stands for a dim that nothing is known about, and so is no name that a caller can give."""
+    return "@" in symbol
+
+
 def _invented(derived: Dim, value: ir.Value) -> bool:
     """Whether a derived dim is only the opaque symbol of this very value, so that its annotation says more."""
     return any(name.startswith(f"{value.name}@") for name in derived[1])
@@ -222,7 +232,7 @@ def _broadcast(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
         elif len(numbers) == 1:
             result.append(next(iter(numbers)))
         else:
-            result.append((1, (f"{node.outputs[0].name}@{axis}",)))
+            result.append((1, (_own(node.outputs[0], axis),)))
     return tuple(result)
 
 

@@ -59,21 +59,40 @@ def test_onnxruntime_runs_the_planned_order_in_less_memory() -> None:
     before, after = measure_memory(wide(), feeds, {}), measure_memory(out.model, feeds, out.ort_config)
     assert after.order == tuple(node.name for node in out.model.graph)
     assert after.peak < 0.8 * before.peak
+    (plan,) = read_plans(out.model.metadata_props)
+    assert after.peak == pytest.approx(plan.bound, rel=0.05), "every buffer is freed after its last reader"
     assert any("measured peak" in note for note in out.report.passes[0].notes)
 
 
+FREED = {"memory_pattern": False, "memory_reuse": False}
+PRIORITY = {"execution_order": "priority"}
+PLAIN = {"config_entries": {"optimization.disable_specified_optimizers": "NchwcTransformer"}}
+
+
 @pytest.mark.skipif(not can_measure(), reason="memory is measured on Linux only")
-def test_what_does_not_lower_the_measured_peak_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("planned", "config"),
+    [(False, {}), (False, FREED), (False, FREED | PRIORITY), (True, FREED), (True, FREED | PRIORITY)]
+    + [(True, FREED | PLAIN), (True, FREED | PLAIN | PRIORITY)],
+)
+def test_what_needs_the_least_is_taken(planned: bool, config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing at all where nothing needs less than the model as it was."""
     from onnxlathe.passes.memory import plan_memory
     from onnxlathe.runtime.memory_stats import MemoryUse
 
-    monkeypatch.setattr(plan_memory, "measure_memory", lambda *_: MemoryUse(1000, ()))
     model = wide()
     infer_shapes(model)
-    order = [node.name for node in model.graph]
-    outcome = PlanMemory()(model, PassContext())
-    assert [node.name for node in model.graph] == order and not outcome.ort_config
-    assert any("stay as they were" in note for note in outcome.notes)
+    given = [node.name for node in model.graph]
+
+    def measure(graph: ir.Model, _: object, asked: dict) -> MemoryUse:
+        best = asked == config and ([node.name for node in graph.graph] != given) == planned
+        return MemoryUse(900 if best else 1000, (), 0)
+
+    monkeypatch.setattr(plan_memory, "measure_memory", measure)
+    outcome = PlanMemory(layout=False)(model, PassContext())
+    assert ([node.name for node in model.graph] != given) == planned == bool(outcome.counts["graphs reordered"])
+    assert outcome.ort_config == config
+    assert any("stay as they were" in note for note in outcome.notes) == (not config)
 
 
 def test_session_options_travel_in_the_artifact(tmp_path) -> None:  # type: ignore[no-untyped-def]
