@@ -1,14 +1,15 @@
 """Memory plans: hard offset instances, real graphs, what ONNX Runtime really needs, planning time.
 
-    python benchmarks/memory.py [--only offsets|graphs|ort|growth|prefix] [--instances FOLDER]
+    python benchmarks/memory.py [--only offsets|graphs|ort|names|growth|prefix] [--instances FOLDER]
 
 Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size and ORT's own way
-(best fit in order of start). Graphs: bound of the order found / of the given order
-(that of torch's exporter: the order in which the module runs), whether a complete search or a bound of every order
-proves it the best, arena / bound, onnxsim's arena for the given order. ORT: measured peak
-of a run with the plan / without, each in a process of its own. Growth: seconds for chains with branches of 1k to 10k
-nodes. Prefix: time to the first token of a prompt of 1000 tokens whose first 900 were seen before / without, on the
-135M Llama (random weights).
+(best fit in order of start). Graphs: bound of the order found / of the given order (that of torch's exporter: the order
+in which the module runs), whether a complete search or a bound of every order proves it the best, arena / bound,
+onnxsim's arena for the given order. ORT: measured peak of a run with the plan / without, each in a process of its own;
+the least that any order of the graph after ORT's fusions needs; what a session with its arena holds between runs.
+Names: measured peaks with other names for symbolic dims. Growth: seconds for chains with branches of 1k to 10k nodes.
+Prefix: time to the first token of a prompt of 1000 tokens whose first 900 were seen before / without, on the 135M Llama
+(random weights).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from harness import write_result
+from memory_ort import BRANCHY, OTHERS, exported, measured, names
 from peers import python_of
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +32,6 @@ from rich.table import Table
 import onnxlathe as lathe
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.memory_plan import MemoryPlan, read_plans
-from onnxlathe.models import zoo
 from onnxlathe.models.decoder import decoder
 from onnxlathe.passes.memory.lifetimes import Sizes, flow_of
 from onnxlathe.passes.memory.offsets import lower_bound, place_greedily, plan_offsets
@@ -44,8 +45,6 @@ from onnxlathe.runtime.memory_stats import measure_memory
 CAPACITY = 1_048_576
 _FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
 HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
-BRANCHY = ("inception", "densenet", "nas-cells", "unet")
-OTHERS = ("mobilenet", "convnet")
 
 
 def offsets(folder: Path) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def graphs() -> dict[str, Any]:
     """Every graph: the order found against the given one, what no order can do without, and the arena."""
     rows: dict[str, Any] = {}
     for name in (*BRANCHY, *OTHERS):
-        model = _exported(name)
+        model = exported(name)
         begin = time.monotonic()
         out = lathe.compile(model, [PlanMemory(measure=False)], verify=False, progress=False)
         (plan,) = read_plans(out.model.metadata_props)
@@ -124,20 +123,6 @@ def _onnxsim(model: Any) -> float:
         path = save(model, Path(folder) / "model.onnx")
         done = subprocess.run([python_of("onnxsim"), "-c", code, path], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
-
-
-def measured() -> dict[str, Any]:
-    """Measured peak of ORT with what the pass chose / without, for every graph."""
-    rows: dict[str, Any] = {}
-    for name in (*BRANCHY, *OTHERS):
-        for layout in (True, False):
-            step = PlanMemory(layout=layout)
-            out = lathe.compile(_exported(name), [step], verify=False, progress=False)
-            notes = out.report.passes[0].notes
-            label = name if layout else f"{name}, layout=False"
-            rows[label] = {"chosen": out.ort_config, "notes": notes}
-            print(label, *notes, flush=True)
-    return rows
 
 
 def growth() -> dict[str, Any]:
@@ -188,20 +173,6 @@ def prefix() -> dict[str, Any]:
     return rows
 
 
-def _exported(name: str) -> Any:
-    entry = zoo.build(name)
-    model = lathe.export(entry.module, _larger(entry.args))
-    infer_shapes(model)
-    return model
-
-
-def _larger(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Images of 192 pixels, so that activations are well above the noise of the measurement."""
-    import torch
-
-    return tuple(torch.zeros(1, 3, 192, 192) if argument.ndim == 4 else argument for argument in args)
-
-
 def show(results: dict[str, dict[str, Any]]) -> None:
     """One table a part."""
     console = Console(width=140)
@@ -223,13 +194,14 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Measures, prints, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "growth", "prefix"))
+    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "names", "growth", "prefix"))
     parser.add_argument("--instances", type=Path, default=HARD)
     arguments = parser.parse_args()
     parts = {
         "offsets": lambda: offsets(arguments.instances),
         "graphs": graphs,
         "ort": measured,
+        "names": names,
         "growth": growth,
         "prefix": prefix,
     }

@@ -36,8 +36,8 @@ class MemoryUse:
     Attributes:
         peak: bytes at the fullest moment above what the session holds between runs; weights do not count.
         order: names of the nodes as they ran, after ONNX Runtime's own fusions.
-        held: bytes that a session keeps after a few runs with its arena as ``ort_config`` has it (by default on: it grows
-            by doubling, and keeps what it has).
+        held: bytes that a session keeps after a few runs with its arena as ``ort_config`` has it (by default on: it
+            grows by doubling, and keeps what it has).
     """
 
     peak: int

@@ -87,8 +87,11 @@ def test_sessions_share_weights(tmp_path: Path) -> None:
 def test_arena_options() -> None:
     options = session_options(
         ort_config={
-            "memory_pattern": False, "memory_reuse": False, "memory_arena": False, "execution_order": "priority",
-        }  # fmt: skip
+            "memory_pattern": False,
+            "memory_reuse": False,
+            "memory_arena": False,
+            "execution_order": "priority",
+        }
     )
     assert not options.enable_mem_pattern and not options.enable_mem_reuse and not options.enable_cpu_mem_arena
     assert str(options.execution_order).endswith("PRIORITY_BASED")

@@ -72,8 +72,10 @@ PLAIN = {"config_entries": {"optimization.disable_specified_optimizers": "NchwcT
 @pytest.mark.skipif(not can_measure(), reason="memory is measured on Linux only")
 @pytest.mark.parametrize(
     ("planned", "config"),
-    [(False, {}), (False, FREED), (False, FREED | PRIORITY), (True, FREED), (True, FREED | PRIORITY)]
-    + [(True, FREED | PLAIN), (True, FREED | PLAIN | PRIORITY)],
+    [
+        (False, {}),
+        *[(planned, FREED | more) for planned in (False, True) for more in ({}, PRIORITY, PLAIN, PLAIN | PRIORITY)],
+    ],
 )
 def test_what_needs_the_least_is_taken(planned: bool, config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing at all where nothing needs less than the model as it was."""

@@ -37,9 +37,9 @@ class PlanMemory(Pass):
     """Orders nodes for the least memory, and plans offsets in one arena.
 
     1. The order of the nodes of each graph becomes the best that ``order_search`` finds; never one that needs more.
-       ONNX Runtime is asked to keep it (``execution_order``). With ``measure`` it is asked what it needs for the planned
-       order and the given one, each as a file it runs in order and as one it orders itself (its fusions and its blocked
-       layout make new nodes, which stand elsewhere), with every buffer freed as soon as nobody needs it
+       ONNX Runtime is asked to keep it (``execution_order``). With ``measure``, what it needs is measured for the
+       planned order and the given one, each as a file it runs in order and as one it orders itself (its fusions and its
+       blocked layout make new nodes, which stand elsewhere), with every buffer freed once nobody needs it
        (``memory_pattern`` and ``memory_reuse`` off); the least is taken. Where nothing is measured to be lower, order
        and options stay as they were, and the notes say so.
     2. A ``MemoryPlan`` of each graph (bodies of If and Loop are arenas of their own) and each set of sizes goes into

@@ -74,6 +74,7 @@ _PLAIN = [
     "fuse-group-query-attention",
     "keep-last-logits",
     "split-skip-normalization",
+    "chain-variadic",
     "equalize-layers",
     "partition-tensor",
 ]
