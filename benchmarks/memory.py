@@ -1,15 +1,15 @@
 """Memory plans: hard offset instances, real graphs, what ONNX Runtime really needs, planning time.
 
-    python benchmarks/memory.py [--only offsets|graphs|ort|names|growth|prefix] [--instances FOLDER]
+    python benchmarks/memory.py [--only offsets|graphs|ort|names|kernels|growth|prefix] [--instances FOLDER]
 
 Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size and ORT's own way
 (best fit in order of start). Graphs: bound of the order found / of the given order (that of torch's exporter: the order
 in which the module runs), whether a complete search or a bound of every order proves it the best, arena / bound,
 onnxsim's arena for the given order. ORT: measured peak of a run with the plan / without, each in a process of its own;
 the least that any order of the graph after ORT's fusions needs; what a session with its arena holds between runs.
-Names: measured peaks with other names for symbolic dims. Growth: seconds for chains with branches of 1k to 10k nodes.
-Prefix: time to the first token of a prompt of 1000 tokens whose first 900 were seen before / without, on the 135M Llama
-(random weights).
+Names: measured peaks with other names for symbolic dims. Kernels: which of ORT's write over an input. Growth: seconds
+for chains with branches of 1k to 10k nodes. Prefix: time to the first token of a prompt of 1000 tokens whose first 900
+were seen before / without, on the 135M Llama (random weights).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from harness import write_result
-from memory_ort import BRANCHY, OTHERS, exported, measured, names
+from memory_ort import BRANCHY, OTHERS, exported, kernels, measured, names
 from peers import python_of
 from rich.console import Console
 from rich.table import Table
@@ -194,7 +194,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Measures, prints, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "names", "growth", "prefix"))
+    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "names", "kernels", "growth", "prefix"))
     parser.add_argument("--instances", type=Path, default=HARD)
     arguments = parser.parse_args()
     parts = {
@@ -202,6 +202,7 @@ def main() -> None:
         "graphs": graphs,
         "ort": measured,
         "names": names,
+        "kernels": kernels,
         "growth": growth,
         "prefix": prefix,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -77,7 +78,7 @@ PLAIN = {"config_entries": {"optimization.disable_specified_optimizers": "NchwcT
         *[(planned, FREED | more) for planned in (False, True) for more in ({}, PRIORITY, PLAIN, PLAIN | PRIORITY)],
     ],
 )
-def test_what_needs_the_least_is_taken(planned: bool, config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_the_least_is_taken(planned: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing at all where nothing needs less than the model as it was."""
     from onnxlathe.passes.memory import plan_memory
     from onnxlathe.runtime.memory_stats import MemoryUse
@@ -86,7 +87,7 @@ def test_what_needs_the_least_is_taken(planned: bool, config: dict, monkeypatch:
     infer_shapes(model)
     given = [node.name for node in model.graph]
 
-    def measure(graph: ir.Model, _: object, asked: dict) -> MemoryUse:
+    def measure(graph: ir.Model, _: object, asked: dict[str, Any]) -> MemoryUse:
         best = asked == config and ([node.name for node in graph.graph] != given) == planned
         return MemoryUse(900 if best else 1000, (), 0)
 
