@@ -2,11 +2,12 @@
 
     python benchmarks/memory.py [--only offsets|graphs|ort|names|kernels|growth|prefix] [--instances FOLDER]
 
-Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size and ORT's own way
-(best fit in order of start). Graphs: bound of the order found / of the given order (that of torch's exporter: the order
-in which the module runs), whether a complete search or a bound of every order proves it the best, arena / bound,
-onnxsim's arena for the given order. ORT: measured peak of a run with the plan / without, each in a process of its own;
-the least that any order of the graph after ORT's fusions needs; what a session with its arena holds between runs.
+Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size, ORT's own way
+(best fit in order of start) and ExecuTorch's planner. Graphs: bound of the order found / of the given order (that of
+torch's exporter: the order in which the module runs), whether a complete search or a bound of every order proves it the
+best, arena / bound, ExecuTorch's planner for the same lifetimes, onnxsim's arena for the given order. ORT: measured
+peak of a run with the plan / without, each in a process of its own; the least that any order of the graph after ORT's
+fusions needs; what a session with its arena holds between runs.
 Names: measured peaks with other names for symbolic dims. Kernels: which of ORT's write over an input. Growth: seconds
 for chains with branches of 1k to 10k nodes. Prefix: time to the first token of a prompt of 1000 tokens whose first 900
 were seen before / without, on the 135M Llama (random weights).
@@ -15,10 +16,12 @@ were seen before / without, on the 135M Llama (random weights).
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from onnxlathe.runtime.feeds import make_feeds
 from onnxlathe.runtime.memory_stats import measure_memory
 
 CAPACITY = 1_048_576
+Lifetimes = list[tuple[int, int, int]]  # start, end, bytes
 _FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
 HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
 
@@ -50,6 +54,7 @@ HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
 def offsets(folder: Path) -> dict[str, Any]:
     """Every instance: peak / bound of the baselines and ours, seconds, whether it fits the capacity."""
     rows: dict[str, Any] = {}
+    instances: list[Lifetimes] = []
     for path in sorted(folder.glob("*.csv")):
         table = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64)
         start, end, size = table[:, 1], table[:, 2], table[:, 3]
@@ -68,13 +73,17 @@ def offsets(folder: Path) -> dict[str, Any]:
             "fits": found.peak <= CAPACITY,
             "seconds": time.monotonic() - begin,
         }
+        instances.append(list(zip(start.tolist(), end.tolist(), size.tolist(), strict=True)))
         print(path.stem, rows[path.stem], flush=True)
+    for row, (arena, bound) in zip(rows.values(), _executorch(instances), strict=True):
+        row["executorch greedy"] = arena / bound
     return rows
 
 
 def graphs() -> dict[str, Any]:
     """Every graph: the order found against the given one, what no order can do without, and the arena."""
     rows: dict[str, Any] = {}
+    instances: list[Lifetimes] = []
     for name in (*BRANCHY, *OTHERS):
         model = exported(name)
         begin = time.monotonic()
@@ -98,8 +107,21 @@ def graphs() -> dict[str, Any]:
             "onnxsim arena / ours": _onnxsim(model) / plan.peak,
             "seconds": seconds,
         }
+        instances.append([(buffer.start, buffer.end, buffer.size) for buffer in plan.buffers])
         print(name, rows[name], flush=True)
+    for row, (arena, bound) in zip(rows.values(), _executorch(instances), strict=True):
+        row["executorch greedy / bound"] = arena / bound
     return rows
+
+
+def _executorch(instances: Sequence[Lifetimes]) -> list[tuple[float, int]]:
+    """Bytes of the arena that ExecuTorch's greedy planner makes, not a number where it is not installed; the bound."""
+    bounds = [lower_bound(*np.array(lifetimes).T) for lifetimes in instances]
+    if not python_of("executorch").exists():
+        return [(math.nan, bound) for bound in bounds]
+    command = [python_of("executorch"), Path(__file__).parent / "executorch_arena.py"]
+    done = subprocess.run(command, input=json.dumps(instances), capture_output=True, text=True, check=True)
+    return list(zip(json.loads(done.stdout.splitlines()[-1]), bounds, strict=True))
 
 
 def _greedy(plan: MemoryPlan) -> dict[str, float]:
@@ -185,7 +207,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
             table.add_row(name, *cells)
         console.print(table)
-        for column in ("greedy by size", "best fit as ORT", "ours"):
+        for column in ("greedy by size", "best fit as ORT", "executorch greedy", "ours"):
             if column in columns:
                 mean = math.exp(sum(math.log(row[column]) for row in rows.values()) / len(rows))
                 console.print(f"{column}: peak / bound, geometric mean {mean:.3f}")
@@ -209,7 +231,8 @@ def main() -> None:
     wanted = [arguments.only] if arguments.only else list(parts)
     results = {name: parts[name]() for name in wanted}
     show({name: rows for name, rows in results.items() if rows})
-    peers = {"onnxsim"} if "graphs" in wanted and python_of("onnxsim").exists() else set[str]()
+    used = {"offsets": {"executorch"}, "graphs": {"executorch", "onnxsim"}}
+    peers = {peer for name in wanted for peer in used.get(name, ()) if python_of(peer).exists()}
     write_result("memory" if not arguments.only else f"memory_{arguments.only}", 1, results, peers)
 
 
