@@ -74,7 +74,6 @@ _PLAIN = [
     "fuse-group-query-attention",
     "keep-last-logits",
     "split-skip-normalization",
-    "chain-variadic",
     "equalize-layers",
     "partition-tensor",
 ]
