@@ -1,6 +1,6 @@
 """Memory plans: hard offset instances, real graphs, what ONNX Runtime really needs, planning time.
 
-    python benchmarks/memory.py [--only offsets|graphs|ort|names|kernels|growth|prefix] [--instances FOLDER]
+    python benchmarks/memory.py [--only offsets|graphs|ort|names|kernels|speed|growth|prefix] [--instances FOLDER]
 
 Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size, ORT's own way
 (best fit in order of start) and ExecuTorch's planner. Graphs: bound of the order found / of the given order (that of
@@ -8,9 +8,10 @@ torch's exporter: the order in which the module runs), whether a complete search
 best, arena / bound, ExecuTorch's planner for the same lifetimes, onnxsim's arena for the given order. ORT: measured
 peak of a run with the plan / without, each in a process of its own; the least that any order of the graph after ORT's
 fusions needs; what a session with its arena holds between runs.
-Names: measured peaks with other names for symbolic dims. Kernels: which of ORT's write over an input. Growth: seconds
-for chains with branches of 1k to 10k nodes. Prefix: time to the first token of a prompt of 1000 tokens whose first 900
-were seen before / without, on the 135M Llama (random weights).
+Names: measured peaks with other names for symbolic dims. Kernels: which of ORT's write over an input. Speed: ORT with
+buffers freed at once / as it runs by itself. Growth: seconds for chains with branches of 1k to 10k nodes. Prefix: time
+to the first token of a prompt of 1000 tokens whose first 900 were seen before / without, on the 135M Llama (random
+weights).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from harness import write_result
-from memory_ort import BRANCHY, OTHERS, exported, kernels, measured, names
+from memory_ort import BRANCHY, OTHERS, exported, kernels, measured, names, speed
 from peers import python_of
 from rich.console import Console
 from rich.table import Table
@@ -216,7 +217,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Measures, prints, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "names", "kernels", "growth", "prefix"))
+    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "names", "kernels", "speed", "growth", "prefix"))
     parser.add_argument("--instances", type=Path, default=HARD)
     arguments = parser.parse_args()
     parts = {
@@ -225,6 +226,7 @@ def main() -> None:
         "ort": measured,
         "names": names,
         "kernels": kernels,
+        "speed": speed,
         "growth": growth,
         "prefix": prefix,
     }
