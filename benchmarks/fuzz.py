@@ -32,7 +32,7 @@ from graph_fuzzer.reduce import reduce
 from graph_fuzzer.trials import TRIALS, Trial
 
 _LOAD, _TRUTH = Trial("load"), Trial("truthful")
-_STEP = 50
+_STEP, _COLLECT = 50, 10
 
 
 @dataclasses.dataclass
@@ -75,10 +75,23 @@ class State:
         return state
 
 
-def try_graph(number: int, seed: int, state: State, failures: Path) -> None:
-    """Every pass whose turn it is on graph ``number``; ``running`` in ``failures`` says which, should ORT crash."""
-    running = failures / "running"
-    running.write_text(f"{number} draw")
+class Running:
+    """What is being tried, in a file that outlives the process, should ORT take it down."""
+
+    def __init__(self, path: Path) -> None:
+        self.before = path.read_text().strip() if path.exists() else ""
+        self._file = path.open("w")  # kept open, and never made shorter: opening takes longer than a pass
+
+    def say(self, text: str) -> None:
+        """Replaces what the file says."""
+        self._file.seek(0)
+        self._file.write(f"{text:<80}")
+        self._file.flush()
+
+
+def try_graph(number: int, seed: int, state: State, failures: Path, running: Running) -> None:
+    """Every pass whose turn it is on graph ``number``."""
+    running.say(f"{number} draw")
     random = Random(f"{seed}/{number}")
     case = draw(random)
     judge = Judge(case, random)
@@ -88,14 +101,14 @@ def try_graph(number: int, seed: int, state: State, failures: Path) -> None:
     state.add(number, _LOAD, judge.load())
     for place, trial in enumerate(TRIALS):
         if (number + place) % trial.every == 0:
-            running.write_text(f"{number} {trial.name}")
+            running.say(f"{number} {trial.name}")
             verdict = judge.trial(trial)
             state.add(number, trial, verdict)
             if verdict.kind == "wrong":
                 print(f"{number} {trial.name} {trial.after}: {verdict.detail}", flush=True)
                 _save(number, trial, case, failures)
     state.add(number, _TRUTH, judge.truthful())
-    running.unlink()
+    running.say("")
 
 
 def _save(number: int, trial: Trial, case: Case, folder: Path) -> None:
@@ -112,13 +125,16 @@ def _save(number: int, trial: Trial, case: Case, folder: Path) -> None:
         np.savez(f"{stem}-{index}.npz", **feeds)
 
 
-def recheck(state: State, seed: int, failures: Path) -> None:
-    """Tries the graphs that were wrong again; what is right now is moved from ``wrong`` to ``same``."""
+def recheck(state: State, seed: int, failures: Path, running: Running) -> None:
+    """Tries the graphs again that were wrong or ended the process; what is right now counts as ``same``."""
+    crashed, state.crashed = state.crashed, []
+    for item in crashed:
+        try_graph(int(str(item["graph"])), seed, state, failures, running)
     old, state.wrong = state.wrong, []
     for number in sorted({int(str(item["graph"])) for item in old}):
         before = [item for item in old if item["graph"] == number]
         now = State()
-        try_graph(number, seed, now, failures)
+        try_graph(number, seed, now, failures, running)
         state.wrong += now.wrong
         for item in before:
             still = any(new["pass"] == item["pass"] and new["after"] == item["after"] for new in now.wrong)
@@ -140,22 +156,23 @@ def main() -> None:
         sys.exit(_supervise())
     path = RESULTS / f"{args.name}.json"
     state = State.read(path) if path.exists() else State()
-    crashed = args.failures / "running"
-    if crashed.exists():  # the process before this one died there: its counts since the last writing are made again
-        number, what = crashed.read_text().split(" ", 1)
+    running = Running(args.failures / "running")
+    if running.before:  # the process before this one died there: its counts since the last writing are made again
+        number, what = running.before.split(" ", 1)
         state.crashed.append({"graph": int(number), "pass": what})
-        crashed.unlink()
-    gc.disable()  # graphs are full of cycles: collected once a graph
+    gc.disable()  # graphs are full of cycles: collected now and then
+    gc.freeze()
     if args.recheck:
-        recheck(state, args.seed, args.failures)
+        recheck(state, args.seed, args.failures, running)
         write_result(args.name, 0, {"seed": args.seed, "fuzz": state.to_dict()}, set())
     while state.graphs < args.graphs:
         if any(item["graph"] == state.graphs for item in state.crashed):
             state.graphs += 1
             continue
         start = time.process_time()
-        try_graph(state.graphs, args.seed, state, args.failures)
-        gc.collect()
+        try_graph(state.graphs, args.seed, state, args.failures, running)
+        if state.graphs % _COLLECT == 0:
+            gc.collect()
         state.seconds += time.process_time() - start
         state.graphs += 1
         if state.graphs % _STEP == 0 or state.graphs == args.graphs:

@@ -18,7 +18,8 @@ from onnxlathe.passes.memory.order_bounds import least_bound, order_bound
 from onnxlathe.passes.memory.order_search import best_order, proven_best
 from onnxlathe.passes.memory.plan_memory import PlanMemory
 from onnxlathe.passes.partition.costs import graph_costs
-from onnxlathe.passes.symbolic import Dim, SymbolicShapes
+from onnxlathe.passes.symbolic import SymbolicShapes
+from onnxlathe.passes.symbolic_dims import Dim
 from onnxlathe.runtime.artifact import load, save
 from onnxlathe.runtime.feeds import Feeds, make_feeds
 from onnxlathe.runtime.inference import open_session, session_options

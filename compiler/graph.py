@@ -253,6 +253,16 @@ def remove_dead(model: ir.Model) -> int:
     return removed
 
 
+def detach_removed(model: ir.Model) -> None:
+    """Lets nodes that other libraries took out of the graphs read nothing: else they count as readers."""
+    inside = set(all_nodes(model))
+    for graph in model.graphs():
+        made = (value for node in graph for value in node.outputs)
+        for value in (*graph.inputs, *graph.initializers.values(), *made):
+            for node, index in [(use.node, use.idx) for use in value.uses() if use.node not in inside]:
+                node.replace_input_with(index, None)
+
+
 def _stop_reading(body: ir.Graph) -> None:
     """Lets the nodes of a body that goes read nothing: else they count as readers of the graphs around it."""
     for node in body:

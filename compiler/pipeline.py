@@ -3,104 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from ..runtime.artifact import REPORT_KEY, VERSION_KEY, config_metadata, save
 from ..runtime.errors import LatheError, ModelError, PassError, VerifyError
-from ..runtime.generation.genai_folder import save_genai
-from ..runtime.session import Session
 from ..runtime.targets import Target, node_obstacles
 from . import verify
-from .base import Claim, Feeds, Outcome, Pass, PassContext
-from .bundle import save_bundle
+from .base import Claim, Feeds, Pass, PassContext
+from .compiled import Compiled
 from .gate import measure_speed
 from .graph import count_ops, weight_bytes
 from .kept_caches import KeptCaches
-from .ranks import save_ranks
 from .report import PassRecord, Report, Speed
 from .reporting.compare import compare_graphs
 from .reporting.profiling import Side, profile
-from .save_parts import save_stages
 from .variants import is_quantized
 
 OnError = Literal["raise", "skip"]
 _HALF = 4 * 2.0**-10  # four units in the last place of float16
-
-
-@dataclasses.dataclass
-class Compiled:
-    """A compiled model.
-
-    Attributes:
-        model: the rewritten graph.
-        report: what was done.
-        ort_config: session options the graph wants; saved with it and applied by ``Session``.
-        sample: inputs that the model was checked on; None if it was not.
-    """
-
-    model: ir.Model
-    report: Report
-    ort_config: dict[str, Any]
-    sample: Feeds | None = dataclasses.field(default=None, kw_only=True)
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        external_data: bool | None = None,
-        bundle: bool = False,
-        extra: Mapping[str, str | os.PathLike[str]] | None = None,
-    ) -> Path:
-        """Writes the artifact: one ``.onnx`` below 2 GB, weights in ``<name>.data`` beside it above.
-
-        With ``bundle`` it is the folder ``m.bundle`` for ``m.onnx``, with the model and all that it takes to run and to
-        test it elsewhere (see ``compiler.bundle``); ``extra`` are files to put into it, ``{name: path}``.
-
-        Returns:
-            What was written: the file, or the folder.
-        """
-        if not bundle:
-            return save(self.model, path, metadata=self._metadata(), external_data=external_data)
-        return save_bundle(
-            self.model,
-            path,
-            report=self.report,
-            metadata=self._metadata(),
-            ort_config=self.ort_config,
-            sample=self.sample,
-            external_data=external_data,
-            extra=extra,
-        )
-
-    def save_genai(self, folder: str | os.PathLike[str], **options: Any) -> Path:
-        """Writes the artifact as an onnxruntime-genai folder; options as in ``runtime.genai_folder.save_genai``."""
-        return save_genai(self.model, folder, metadata=self._metadata(), ort_config=self.ort_config, **options)
-
-    def save_stages(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the stages of ``partition-stages``, a file each, and ``manifest.json``."""
-        return save_stages(self.model, folder, metadata=self._metadata(), ort_config=self.ort_config)
-
-    def save_ranks(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the ranks of ``partition-tensor``, a file each, and ``manifest.json``."""
-        return save_ranks(self.model, folder, metadata=self._metadata(), ort_config=self.ort_config)
-
-    def session(self, device: str = "cpu", threads: int = 0) -> Session:
-        """Opens the compiled model without saving it."""
-        return Session(self.model, device=device, threads=threads, ort_config=self.ort_config)
-
-    def _metadata(self) -> dict[str, str]:
-        return {
-            VERSION_KEY: self.report.environment.get("onnxlathe", ""),
-            REPORT_KEY: json.dumps(self.report.to_dict()),
-            **config_metadata(self.ort_config),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +269,3 @@ def _size(model: ir.Model) -> int:
 
 def _options(step: Pass) -> str:
     return ", ".join(f"{field.name}={getattr(step, field.name)!r}" for field in dataclasses.fields(step) if field.repr)
-
-
-__all__ = ["Compiled", "Outcome", "Settings", "run_pipeline"]

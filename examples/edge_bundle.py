@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import onnxlathe as lathe
-from onnxlathe.compiler.pipeline import Compiled
+from onnxlathe.compiler.compiled import Compiled
 
 
 def build() -> nn.Module:

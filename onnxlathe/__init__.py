@@ -59,9 +59,9 @@ if TYPE_CHECKING:
     from onnxlathe.compiler.analysis import Analysis
     from onnxlathe.compiler.base import Claim, Outcome, Pass, PassContext, Refusal
     from onnxlathe.compiler.budget import Budget
+    from onnxlathe.compiler.compiled import Compiled
     from onnxlathe.compiler.exporting.export import export
     from onnxlathe.compiler.exporting.export_lm import export_causal_lm
-    from onnxlathe.compiler.pipeline import Compiled
     from onnxlathe.compiler.ranks import save_ranks
     from onnxlathe.compiler.report import PassRecord, Report
     from onnxlathe.compiler.save_parts import save_stages

@@ -19,9 +19,10 @@ import onnx_ir as ir
 from rich.console import Console
 
 from onnxlathe.compiler.base import Pass, PassContext, no_progress
+from onnxlathe.compiler.compiled import Compiled
 from onnxlathe.compiler.graph import weight_bytes
 from onnxlathe.compiler.load import infer_shapes, load_model
-from onnxlathe.compiler.pipeline import Compiled, OnError, Settings, run_pipeline
+from onnxlathe.compiler.pipeline import OnError, Settings, run_pipeline
 from onnxlathe.compiler.report import Report
 from onnxlathe.compiler.verify import check_model
 from onnxlathe.passes.presets import resolve_passes

@@ -32,3 +32,11 @@ def console() -> Any:
 def status(text: str) -> Any:
     """A line that moves while the block under it runs."""
     return console().status(text)
+
+
+def written(path: Path) -> str:
+    """A file or a folder that was written, and its size, data files included."""
+    from onnxlathe.compiler.report import format_bytes
+
+    files = path.rglob("*") if path.is_dir() else [path, *path.parent.glob(f"{path.name}.*data")]
+    return f"{path} ({format_bytes(sum(file.stat().st_size for file in files if file.is_file()))})"

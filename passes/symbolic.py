@@ -1,53 +1,24 @@
 """Symbolic shapes: what exporters compute with Shape/Gather/Concat chains, followed to the dims they mean.
 
-A dim is a product ``(coefficient, symbols)``: ``(384, ())`` is 384, ``(12, ("batch",))`` is 12 * batch. Dims nothing is
-known about get a symbol of their own, so that two values of the same origin still compare equal.
+Dims nothing is known about get a symbol of their own, so that two values of the same origin still compare equal.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from ..compiler.graph import attribute, integers, subgraphs
+from .symbolic_dims import CONTENT_RULES, ONE, Dim, Dims, divide, multiply, number, own_symbol
 
-Dim = tuple[int, tuple[str, ...]]
-Dims = tuple[Dim, ...]
-
-ONE: Dim = (1, ())
 _SAME = """Abs BiasGelu Cast Clip Dropout Elu Erf Exp FastGelu Gelu HardSigmoid HardSwish Identity IsNaN
     LayerNormalization LeakyRelu Log LpNormalization Neg Not QuickGelu RMSNormalization Relu Round Sigmoid Sign
     SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization Softmax Softplus Sqrt Tanh
     MultiHeadAttention Reciprocal RotaryEmbedding"""
 _BROADCAST = """Add And BitwiseAnd Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub
     Sum Where Xor"""
-
-
-def number(value: int) -> Dim:
-    """The dim that is ``value``."""
-    return (value, ())
-
-
-def multiply(dims: Sequence[Dim]) -> Dim:
-    """The product of ``dims``."""
-    coefficient, symbols = 1, list[str]()
-    for factor, names in dims:
-        coefficient *= factor
-        symbols += names
-    return (coefficient, tuple(sorted(symbols)))
-
-
-def divide(whole: Dim, part: Dim) -> Dim | None:
-    """``whole / part`` if that is provably a whole dim, else None."""
-    if part[0] == 0 or whole[0] % part[0]:
-        return None
-    left = Counter(whole[1])
-    left.subtract(part[1])
-    if any(count < 0 for count in left.values()):
-        return None
-    return (whole[0] // part[0], tuple(sorted(left.elements())))
+_REDUCE = "ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
 
 
 class SymbolicShapes:
@@ -70,6 +41,10 @@ class SymbolicShapes:
             self._dims[value] = self._declared(value)
         return self._dims[value]
 
+    def inherit(self, new: ir.Value, old: ir.Value) -> None:
+        """``new``, made since, has the shape of ``old``, whose place it takes."""
+        self._dims[new] = self.dims(old)
+
     def content(self, value: ir.Value | None) -> Dims | None:
         """The numbers inside a small integer tensor (a shape, a dim), or None if they are not known."""
         if value is None:
@@ -85,7 +60,7 @@ class SymbolicShapes:
         if value.shape is None:
             return None
         return tuple(
-            number(dim) if isinstance(dim, int) else (1, (dim.value or _own(value, axis),))
+            number(dim) if isinstance(dim, int) else (1, (dim.value or own_symbol(value, axis),))
             for axis, dim in enumerate(value.shape)
         )
 
@@ -111,7 +86,7 @@ class SymbolicShapes:
         return tuple(a if not a[1] or _invented(d, value) else d for a, d in zip(declared, derived, strict=True))
 
     def _content_of(self, node: ir.Node) -> Dims | None:
-        rule = _CONTENT_RULES.get(node.op_type) if not node.domain and len(node.outputs) == 1 else None
+        rule = CONTENT_RULES.get(node.op_type) if not node.domain and len(node.outputs) == 1 else None
         if rule is None:
             return None
         if node.op_type == "Shape":
@@ -120,91 +95,6 @@ class SymbolicShapes:
         contents = [self.content(value) for value in node.inputs]
         known = [content for content in contents if content is not None]
         return rule(node, known) if len(known) == len(contents) else None
-
-
-def _shape_content(node: ir.Node, contents: list[Dims]) -> Dims | None:
-    return contents[0]
-
-
-def _concat_content(node: ir.Node, contents: list[Dims]) -> Dims | None:
-    return tuple(dim for content in contents for dim in content)
-
-
-def _gather_content(node: ir.Node, contents: list[Dims]) -> Dims | None:
-    data, indices = contents
-    if any(index[1] or not -len(data) <= index[0] < len(data) for index in indices):
-        return None
-    return tuple(data[index[0]] for index in indices)
-
-
-def _slice_content(node: ir.Node, contents: list[Dims]) -> Dims | None:
-    if len(contents) == 1:  # opset < 10 keeps the bounds in attributes
-        bounds = [attribute(node, "starts"), attribute(node, "ends")]
-        return contents[0][bounds[0][0] : bounds[1][0]]
-    start, end = contents[1][0], contents[2][0]
-    if start[1] or end[1] or (len(contents) > 4 and contents[4] != (ONE,)):
-        return None
-    return contents[0][start[0] : end[0]]
-
-
-def _pairwise(node: ir.Node, contents: list[Dims]) -> Dims | None:
-    left, right = contents
-    if len(left) == 1:
-        left *= len(right)
-    if len(right) == 1:
-        right *= len(left)
-    if len(left) != len(right):
-        return None
-    operation = {"Mul": lambda a, b: multiply([a, b]), "Div": divide, "Equal": _equal}[node.op_type]
-    results = [operation(a, b) for a, b in zip(left, right, strict=True)]
-    known = tuple(result for result in results if result is not None)
-    return known if len(known) == len(results) else None
-
-
-def _equal(left: Dim, right: Dim) -> Dim | None:
-    """1 or 0 where it is decided: a symbol is a size, so never negative."""
-    if left == right:
-        return ONE
-    if not left[1] and not right[1]:
-        return (0, ())
-    return (0, ()) if left[0] < 0 or right[0] < 0 else None
-
-
-def _where_content(node: ir.Node, contents: list[Dims]) -> Dims | None:
-    condition, yes, no = contents
-    if not len(condition) == len(yes) == len(no):
-        return None
-    return tuple(a if choice[0] else b for choice, a, b in zip(condition, yes, no, strict=True))
-
-
-def _fill_content(node: ir.Node, contents: list[Dims]) -> Dims | None:
-    size = contents[0][0] if len(contents[0]) == 1 else ONE
-    value = attribute(node, "value")
-    if size[1] or size[0] > 8 or value is None:
-        return None
-    return (number(int(value.numpy().reshape(-1)[0])),) * size[0]
-
-
-_CONTENT_RULES: dict[str, Callable[[ir.Node, list[Dims]], Dims | None]] = {
-    **dict.fromkeys(("Shape", "Cast", "Identity"), _shape_content),
-    **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten"), _shape_content),
-    **dict.fromkeys(("Mul", "Div", "Equal"), _pairwise),
-    "Concat": _concat_content,
-    "Gather": _gather_content,
-    "Slice": _slice_content,
-    "Where": _where_content,
-    "ConstantOfShape": _fill_content,
-}
-
-
-def _own(value: ir.Value, axis: int) -> str:
-    """The symbol of a dim that nothing is known about."""
-    return f"{value.name}@{axis}"
-
-
-def is_own(symbol: str) -> bool:
-    """Whether ``symbol`` stands for a dim that nothing is known about, and so is no name that a caller can give."""
-    return "@" in symbol
 
 
 def _invented(derived: Dim, value: ir.Value) -> bool:
@@ -232,7 +122,7 @@ def _broadcast(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
         elif len(numbers) == 1:
             result.append(next(iter(numbers)))
         else:
-            result.append((1, (_own(node.outputs[0], axis),)))
+            result.append((1, (own_symbol(node.outputs[0], axis),)))
     return tuple(result)
 
 
@@ -300,11 +190,21 @@ def _squeeze(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
 
 
 def squeezed_axes(node: ir.Node) -> list[int] | None:
-    """The constant axes of Unsqueeze or Squeeze, whatever the opset; None where they are not known."""
+    """The constant axes of Unsqueeze, Squeeze or a reduction, whatever the opset; None where they are not known."""
     if len(node.inputs) > 1:
         return integers(node.inputs[1])
     axes = attribute(node, "axes")
     return list(axes) if axes is not None else None
+
+
+def _reduce(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
+    dims = shapes.dims(node.inputs[0])
+    axes = squeezed_axes(node)
+    if dims is None or not axes:
+        return None
+    reduced = {axis % len(dims) for axis in axes}
+    keep = attribute(node, "keepdims", 1)
+    return tuple(ONE if axis in reduced else dim for axis, dim in enumerate(dims) if keep or axis not in reduced)
 
 
 def _gather(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
@@ -361,6 +261,7 @@ def _group_query_attention(shapes: SymbolicShapes, node: ir.Node) -> Dims | None
 _RULES: dict[str, Callable[[SymbolicShapes, ir.Node], Dims | None]] = {
     **dict.fromkeys(_SAME.split(), _same),
     **dict.fromkeys(_BROADCAST.split(), _broadcast),
+    **dict.fromkeys(_REDUCE.split(), _reduce),
     "Attention": _attention,
     "GroupQueryAttention": _group_query_attention,
     "MatMul": _matmul,

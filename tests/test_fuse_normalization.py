@@ -174,3 +174,28 @@ def test_shared_scale(tmp_path: Path) -> None:
     assert ops(after) == {"RMSNormalization": 2}
     _, outcome = rewrite(FuseNormalization(), with_external_data(model, tmp_path), nested=False)
     assert outcome.counts == {"RMSNormalization": 2}
+
+
+def test_the_width_behind_a_normalization_just_made_is_known() -> None:
+    """A contrib operator in front leaves the shapes open; the second normalization has no scale to read it from."""
+    normalize = "m{0} = Mul(x{0}, x{0}) r{0} = ReduceMean(m{0}, last) a{0} = Add(r{0}, eps) s{0} = Sqrt(a{0}) "
+    body = (
+        "x1 = com.microsoft.QuickGelu<alpha=1.0>(x) "
+        + normalize.format(1)
+        + "d1 = Div(x1, s1) x2 = Mul(d1, w) "
+        + normalize.format(2)
+        + "y = Div(x2, s2)"
+    )
+    model = from_text(
+        '<ir_version: 11, opset_import: ["" : 23, "com.microsoft" : 1]>'
+        f" g (float[n, s, 8] x, float[8] w, int64[1] last, float eps) => (float[n, s, 8] y) {{ {body} }}",
+        w=np.arange(1, 9, dtype=np.float32),
+        last=np.array([-1]),
+        eps=np.float32(1e-5),
+    )
+    for node in model.graph:
+        node.outputs[0].type = model.graph.inputs[0].type
+        if node.outputs[0] not in model.graph.outputs:
+            node.outputs[0].shape = None
+    _, outcome = rewrite(FuseNormalization(), model)
+    assert outcome.counts == {"RMSNormalization": 2}

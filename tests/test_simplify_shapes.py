@@ -12,7 +12,7 @@ from onnxlathe.compiler.graph import integers
 from onnxlathe.compiler.verify import run_reference
 from onnxlathe.passes import SimplifyShapes
 from onnxlathe.passes.simplify.simplify_shapes import constant_target
-from onnxlathe.passes.symbolic import number
+from onnxlathe.passes.symbolic_dims import number
 from rewriting import from_text, ops, refused, rewrite, with_external_data
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]> g '

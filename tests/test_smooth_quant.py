@@ -265,3 +265,11 @@ def fake_activation(x: np.ndarray, low: float, high: float) -> np.ndarray:
     scale = (high - low) / 255
     zero = np.rint(-low / scale)
     return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
+
+
+def test_what_is_smoothed_stays() -> None:
+    """Other samples would move the factors again, and again."""
+    model = build(f"{NORM} q = MatMul(h, wq) y = Add(q, bq)")
+    after, _ = rewrite(SmoothQuant(alpha=0.2), model, feeds=FEEDS, context=CONTEXT, nested=False)
+    outcome = SmoothQuant(alpha=0.5)(after, CONTEXT)
+    assert not outcome.changed and "smoothed already" in outcome.refusals[0].reason

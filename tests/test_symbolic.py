@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxlathe.passes.attention.views import follow_view, origins, regroup, whole_view
-from onnxlathe.passes.symbolic import ONE, SymbolicShapes, divide, multiply, number, reshaped
+from onnxlathe.passes.symbolic import SymbolicShapes, reshaped
+from onnxlathe.passes.symbolic_dims import ONE, divide, multiply, number
 from rewriting import from_text
 
 BATCH = (1, ("batch",))
@@ -117,3 +118,19 @@ def test_what_is_unknown_stays_unknown(op: str, inputs: str) -> None:
     )
     dims = SymbolicShapes(model).dims(model.graph.outputs[0])
     assert dims is None or not {name for dim in dims for name in dim[1]} & {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("y = ReduceMean<keepdims=1>(x, last)", (BATCH, SEQ, ONE)),
+        ("y = ReduceSum<keepdims=0>(x, last)", (BATCH, SEQ)),
+        ("y = ReduceMax<keepdims=0>(x)", None),
+    ],
+)
+def test_reductions(body: str, expected: object) -> None:
+    """What an exporter's shape inference leaves open (behind contrib operators) is derived."""
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[batch, seq, 8] x, int64[1] last) => (y) {{ {body} }}'
+    model = from_text(text, last=np.array([-1]))
+    model.graph.outputs[0].shape = None
+    assert SymbolicShapes(model).dims(model.graph.outputs[0]) == expected

@@ -121,3 +121,9 @@ def test_sizes_that_are_not_known_are_refused_by_name() -> None:
     late = "f = NonZero(x) h = Cast<to=1>(f) m = GlobalAveragePool(e) y = Flatten(m) "
     outcome = refused(TilePatches(), build(FRONTS["chain"] + late, outputs=OUT + ", float[4, n] h"), nested=False)
     assert outcome.refusals
+
+
+def test_strips_are_not_cut_again() -> None:
+    model = build(FRONTS["chain"] + TAIL, outputs=OUT)
+    after, _ = rewrite(TilePatches(peak_bytes=int(0.7 * bound(model))), model, nested=False)
+    refused(TilePatches(), after, "strips already", nested=False)

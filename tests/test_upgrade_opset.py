@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxlathe.compiler.base import PassContext
+from onnxlathe.compiler.graph import all_nodes
 from onnxlathe.passes import UpgradeOpset
 from rewriting import from_text, refused, rewrite, with_external_data
 
@@ -77,3 +78,17 @@ def test_kernels_that_round_differently_are_within_its_promise() -> None:
     feeds = [{"x": rng.standard_normal((8, 4, 8, 8)).astype(np.float32)}]
     _, outcome = rewrite(UpgradeOpset(), from_text(text), feeds=feeds, nested=False)
     assert outcome.changed
+
+
+def test_old_bodies_read_nothing_any_more() -> None:
+    """The converter leaves the bodies that it replaced behind, as readers of the graph around them."""
+    model = ir.from_proto(
+        onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 13]>
+        g (bool c, float[n, 4] x) => (float[n, 4] z) {
+          z = If (c) <then_branch = t () => (float[n, 4] y) { y = Relu(x) },
+                      else_branch = e () => (float[n, 4] y) { y = Neg(x) }> }""")
+    )
+    assert UpgradeOpset()(model, PassContext()).changed
+    inside = set(all_nodes(model))
+    readers = [use.node for value in model.graph.inputs for use in value.uses()]
+    assert len(readers) == 3 and inside.issuperset(readers)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxlathe.compiler.pipeline import Compiled
+from onnxlathe.compiler.compiled import Compiled
 from onnxlathe.compiler.report import Report
 from onnxlathe.runtime.artifact import REPORT_KEY, load, read_config
 

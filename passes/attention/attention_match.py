@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from ...compiler.graph import attribute, is_op, only_consumer, producer, scalar
 from ..factors import constant_factor
-from ..symbolic import ONE, Dims, SymbolicShapes, number
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import ONE, Dims, number
 from .head_layout import NotAttention, Operand, merge_heads, split_heads
 
 # A fill below this leaves no weight beside any unmasked score, so adding it is the same as writing it.

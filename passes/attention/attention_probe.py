@@ -16,6 +16,7 @@ from .attention_match import NotAttention
 from .by_token import check_by_token
 from .cached_attention import CachedAttention, activations, source_of
 from .causal_mask import MaskReader
+from .repeated_heads import repeat_factors
 from .rotary import Rotation, fit_rotation, pair
 
 # Far from the start, so that slowly turning pairs show; nearer for models whose table of positions ends before.
@@ -117,7 +118,7 @@ class _Reader:
         self._progress("probing attentions")
         indices = self._layout()
         rotations, start, steps = self._rotations(indices)
-        repeats = self._repeats()
+        repeats = repeat_factors(self._blocks, self._prober, self._shapes)
         masks = MaskReader(self._prober)
         meanings: list[Meaning] = []
         for number, block in enumerate(self._blocks):
@@ -312,35 +313,6 @@ class _Reader:
             if not (_close(cos[row], table.cos[at]) and _close(sin[row], table.sin[at])):
                 raise NotAttention("the rotary angles depend on the length of the input")
 
-    def _repeats(self) -> list[float]:
-        """Checks that each key/value head serves its group of query heads; the factors that K's copies carry."""
-        step, rng = plain_step(2, 3, 4), np.random.default_rng(1)
-        presents = [cache.present for block in self._blocks for cache in (block.key, block.value)]
-        operands = [value for block in self._blocks for value in (block.key_operand, block.value_operand)]
-        given = {
-            value: rng.standard_normal((2, *self._cache_dims(value, step))).astype(np.float32) for value in presents
-        }
-        asked = [value for value in operands if value not in given]
-        found = dict(zip(asked, self._prober.run(asked, given, step), strict=True)) if asked else {}
-        factors: list[float] = []
-        for block in self._blocks:
-            factor = 1.0
-            heads = self._shapes.dims(block.query)
-            for cache, operand in ((block.key, block.key_operand), (block.value, block.value_operand)):
-                before, after = given[cache.present], found.get(operand, given[cache.present])
-                scale = _repeated(before, after, heads[1][0] if heads is not None else 0)
-                if scale is None or (cache is block.value and abs(scale - 1) > _CLOSE):
-                    raise NotAttention(f"the heads of {cache.present.name} are not repeated group by group")
-                factor *= scale
-            factors.append(factor)
-        return factors
-
-    def _cache_dims(self, value: ir.Value, step: Step) -> tuple[int, int, int]:
-        dims = self._shapes.dims(value)
-        if dims is None or dims[1][1] or dims[3][1]:
-            raise NotAttention(f"heads and head size of {value.name} are not known")
-        return dims[1][0], step.mask.shape[1], dims[3][0]
-
 
 def _close(a: Array, b: Array) -> bool:
     return a.shape == b.shape and np.allclose(a, b, atol=1e-4)
@@ -349,16 +321,3 @@ def _close(a: Array, b: Array) -> bool:
 def _matches(table: Table, rotation: Rotation, at: slice) -> bool:
     scale = rotation.scale
     return table.interleaved == rotation.interleaved and rotation.agrees(table.cos[at] / scale, table.sin[at] / scale)
-
-
-def _repeated(before: Array, after: Array, heads: int) -> float | None:
-    """c where ``after`` is c times ``before``, its heads repeated group by group, maybe transposed; else None."""
-    if after.shape[1] not in (before.shape[1], heads) or not after.shape[1] or after.shape[1] % before.shape[1]:
-        return None
-    wide = before.repeat(after.shape[1] // before.shape[1], 1)
-    if after.shape != wide.shape:
-        wide = wide.swapaxes(2, 3)
-    if after.shape != wide.shape:
-        return None
-    factor = float((wide * after).sum() / (wide * wide).sum())
-    return factor if np.allclose(factor * wide, after, atol=_CLOSE) else None

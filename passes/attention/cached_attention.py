@@ -9,7 +9,8 @@ import onnx_ir as ir
 from ...compiler.graph import attribute, is_op, producer, rank, scalar
 from ..factors import constant_factor
 from ..probing import MASK, POSITIONS
-from ..symbolic import SymbolicShapes, number
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import number
 from .attention_match import NotAttention, Scores, below, merge_heads
 
 # What may lie between a projection and the attention: it moves, rotates and scales numbers, nothing else.

@@ -24,7 +24,8 @@ from ...compiler.graph import (
 )
 from ..fusion.projections import biased_product
 from ..simplify.simplify_shapes import constant_target
-from ..symbolic import SymbolicShapes, number
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import number
 from .attention_mask import MaskBuilder, is_finite, is_written_infinity
 from .attention_match import AttentionMatch, match_attention
 from .cached_attention import find_caches

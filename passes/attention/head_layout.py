@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from ...compiler.graph import is_op, only_consumer, producer
 from ..factors import constant_factor
-from ..symbolic import ONE, Dim, Dims, SymbolicShapes, multiply
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import ONE, Dim, Dims, multiply
 from .views import REPEAT, View, follow_view, origins, whole_view
 
 _MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand")

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from ...compiler.graph import Array, attribute, constant, is_op, producer
 from ...runtime.errors import ModelError
 from ..probing import MASK, POSITIONS, evaluate
-from ..symbolic import ONE, Dim, SymbolicShapes, number
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import ONE, Dim, number
 from .cached_attention import activations, source_of
 from .head_layout import NotAttention, Operand
 from .rotary import Rotation, fit_rotation

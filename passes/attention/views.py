@@ -8,7 +8,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...compiler.graph import attribute, is_op
-from ..symbolic import ONE, Dim, Dims, SymbolicShapes, divide, multiply, reshaped, squeezed_axes
+from ..symbolic import SymbolicShapes, reshaped, squeezed_axes
+from ..symbolic_dims import ONE, Dim, Dims, divide, multiply
 
 # A factor of a tensor: its size and where it comes from: (2,) is axis 2, (2, 1) the second part of axis 2 when split.
 Factor = tuple[Dim, tuple[int, ...]]

@@ -120,6 +120,7 @@ class FuseNormalization(Pass):
             like=result,
             attributes={"axis": -1, "epsilon": match.epsilon},
         )
+        shapes.inherit(node.outputs[0], result)
         replace(match.last, [node], by=self.name, gone=[item for item in match.nodes if item is not match.last])
 
 

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from ...compiler.memory_plan import PlannedBuffer
 from ...runtime.divided.parts import reads
 from ...runtime.errors import PlanError
-from ..symbolic import SymbolicShapes, is_own
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import is_own_symbol
 
 ALIGNMENT = 64  # bytes; ORT's CPU allocator aligns to the same
 # Only the shape differs: the output is the input's memory.
@@ -155,7 +156,7 @@ def _missing(symbol: str, bindings: Mapping[str, int]) -> list[str]:
     try:
         return sorted(set(ir.SymbolicDim(symbol).free_symbols()) - set(bindings))
     except ValueError:
-        return [] if is_own(symbol) else [symbol]
+        return [] if is_own_symbol(symbol) else [symbol]
 
 
 def flow_of(graph: ir.Graph, sizes: Sizes) -> Flow:

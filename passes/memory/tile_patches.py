@@ -10,7 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ...compiler.base import Gate, Outcome, Pass, PassContext
-from ...compiler.graph import attribute, dims, opset, rank
+from ...compiler.graph import PASS_KEY, attribute, dims, opset, rank
 from ...runtime.errors import PlanError
 from .lifetimes import Sizes, flow_of
 from .order_bounds import order_bound
@@ -50,7 +50,7 @@ class TilePatches(Pass):
     so fronts of their own.
 
     Refused: dynamic rows or columns, opsets below 13, fronts with nothing to gain, budgets that cannot be reached,
-    sizes that are not known.
+    graphs that have strips, sizes that are not known.
 
     Args:
         peak_bytes: bytes of activations there are; None: as few as possible.
@@ -86,6 +86,9 @@ class TilePatches(Pass):
             outcome.refuse(anchor, _RULE, "Slice and Concat as needed here have opset 13: run upgrade-opset first")
             return
         graph = _nth(model, number)
+        if any(node.metadata_props.get(PASS_KEY) == self.name for node in graph):
+            outcome.refuse(anchor, _RULE, "it has strips already")
+            return
         before = self._bound(model, graph)
         budget = self.peak_bytes
         if budget is not None and before <= budget:

@@ -12,7 +12,8 @@ from ...compiler.graph import MICROSOFT, attribute, is_op, only_consumer, produc
 from ...compiler.padding import cache_names
 from ..linear_layers import LinearLayer, linear_layer, result_of
 from ..low_bit.streams import reads
-from ..symbolic import ONE, Dims, SymbolicShapes
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import ONE, Dims
 
 BranchKind = Literal["attention", "ffn"]
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")

@@ -20,7 +20,8 @@ from ...compiler.graph import Array, subgraphs
 from ...compiler.padding import cache_names
 from ..linear_layers import LinearLayer, linear_layer
 from ..low_bit.streams import reads
-from ..symbolic import ONE, SymbolicShapes
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import ONE
 from .units import Consumer, Dimension, Kind, Place, Reader
 
 _NOTHING = np.zeros(0, np.int64)

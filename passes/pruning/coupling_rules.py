@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.graph import MICROSOFT, attribute, constant, integers, opset
-from ..symbolic import ONE
+from ..symbolic_dims import ONE
 from .attention_rules import ATTENTION_RULES
 from .coupling import Coupling
 from .moving_rules import MOVING_RULES

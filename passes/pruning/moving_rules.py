@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.graph import Array, attribute, constant, integers, is_op
-from ..symbolic import ONE, Dim, Dims, divide, multiply, squeezed_axes
+from ..symbolic import squeezed_axes
+from ..symbolic_dims import ONE, Dim, Dims, divide, multiply
 from .coupling import Coupling
 from .shape_operands import is_constant, only_shapes, size_origin, sliced, target_parts
 from .units import Place

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ...compiler.graph import Array
 from ..linear_layers import LinearLayer
-from ..symbolic import Dim, Dims
+from ..symbolic_dims import Dim, Dims
 
 Kind = Literal["ffn", "heads", "channels"]
 Reader = tuple[ir.Node, int]

@@ -15,7 +15,8 @@ from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.graph import Array, Names, add_initializer, remove_dead, subgraphs
 from ...runtime.errors import ModelError
 from ...runtime.inference import open_session, run_session, session_options
-from ..symbolic import Dims, SymbolicShapes
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import Dims
 
 _RULE = "constant inputs -> initializer"
 _QUANTIZATION = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")

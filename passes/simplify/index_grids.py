@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...compiler.graph import attribute, integers, is_op, producer
-from ..symbolic import ONE, Dim, SymbolicShapes
+from ..symbolic import SymbolicShapes
+from ..symbolic_dims import ONE, Dim
 
 
 def grid_axes(node: ir.Node, shapes: SymbolicShapes) -> list[int] | None:

@@ -20,7 +20,8 @@ from ...compiler.graph import (
     remove_dead,
     replace,
 )
-from ..symbolic import Dims, SymbolicShapes, reshaped
+from ..symbolic import SymbolicShapes, reshaped
+from ..symbolic_dims import Dims
 from .index_grids import grid_axes
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ...compiler.base import Gate, Outcome, Pass, PassContext
-from ...compiler.graph import opset
+from ...compiler.graph import detach_removed, opset
 from ...compiler.verify import Signature
 from ...runtime.errors import ModelError, VerifyError
 from ...runtime.inference import open_session, session_options
@@ -69,6 +69,7 @@ class UpgradeOpset(Pass):
             version_converter.convert_version(model, self.to, fallback=True)
         finally:
             logger.setLevel(level)
+        detach_removed(model)
         if opset(model) != self.to:
             raise ModelError(
                 f"the version converter could not bring it to opset {self.to}", "Export it with a newer opset."
