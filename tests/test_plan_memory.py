@@ -65,6 +65,16 @@ def test_onnxruntime_runs_the_planned_order_in_less_memory() -> None:
     assert any("measured peak" in note for note in out.report.passes[0].notes)
 
 
+@pytest.mark.skipif(not can_measure(), reason="memory is measured on Linux only")
+def test_what_a_session_holds_between_runs() -> None:
+    """The arena keeps what the runs needed, if there is one."""
+    feeds = make_feeds(wide(), 0, 1)[0]
+    with_arena = measure_memory(wide(), feeds, {"memory_pattern": False})
+    without = measure_memory(wide(), feeds, {"memory_pattern": False, "memory_arena": False})
+    assert with_arena.held > 0.9 * with_arena.peak > 10 * without.held
+    assert with_arena.peak == pytest.approx(without.peak, rel=0.05), "the peak is measured without the arena"
+
+
 FREED = {"memory_pattern": False, "memory_reuse": False}
 PRIORITY = {"execution_order": "priority"}
 PLAIN = {"config_entries": {"optimization.disable_specified_optimizers": "NchwcTransformer"}}
