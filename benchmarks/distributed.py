@@ -24,23 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import write_result
+from harness import exported, write_result
 
 SMALL = ("mlp-784", "convnet", "inception", "densenet", "nas-cells", "unet", "mobilenet", "encoder", "stories260k")
 ROUNDS = 5
 
 
-def exported(name: str) -> Any:
+def cleaned(name: str) -> Any:
     """A model of the zoo, cleaned up."""
     import onnxlathe as lathe
-    from onnxlathe.models import zoo
 
-    entry = zoo.build(name)
-    if entry.kind == "causal-lm":
-        model = lathe.export_causal_lm(entry.module, check=False)
-    else:
-        model = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False)
-    return lathe.compile(model, "basic", verify=False, progress=False).model
+    return lathe.compile(exported(name), "basic", verify=False, progress=False).model
 
 
 def workers(folder: Path, seconds: float) -> dict[str, Any]:
@@ -82,7 +76,7 @@ def _file(folder: Path, name: str) -> Path:
     from onnxlathe.runtime.artifact import save
 
     path = folder / f"{name}.onnx"
-    return path if path.exists() else save(exported(name), path)
+    return path if path.exists() else save(cleaned(name), path)
 
 
 def _tokens(rng: np.random.Generator, most: int, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -167,7 +161,7 @@ def stages(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name in SMALL:
-        model = exported(name)
+        model = cleaned(name)
         ratios: dict[str, float] = {}
         for k in range(2, min(8, len(list(model.graph))) + 1):
             divided = model.clone()
@@ -195,7 +189,7 @@ def ranks(folder: Path) -> dict[str, float]:
     from onnxlathe.compiler.base import PassContext
     from onnxlathe.passes.partition.partition_tensor import PartitionTensor
 
-    model = exported("encoder")
+    model = cleaned("encoder")
     PartitionTensor(2)(model, PassContext(threads=1))
     session = lathe.RankedSession(lathe.save_ranks(model, folder / "ranks"))
     ids = np.random.default_rng(0).integers(0, 100, (8, 128))

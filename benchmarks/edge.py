@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from encoder_int8 import batches, sentences
-from harness import write_result
+from harness import exported, write_result
 from rich.console import Console
 from rich.table import Table
 from web import browser_page, problem, served
@@ -104,8 +104,7 @@ def _write_bundles(folder: Path) -> None:
 
     original = folder / f"{ORIGINAL}.onnx"
     if not original.exists():
-        entry = zoo.build("minilm")
-        save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False), original)
+        save(exported("minilm"), original)
     calibration = batches(sentences()[:64], 8)
     np.savez(folder / "sample.npz", **calibration[0])
     for name, passes in ENCODERS.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Side, compare, quantize, run_once, write_result
+from harness import Side, compare, exported, quantize, run_once, write_result
 from peers import python_of
 from rich.console import Console
 from rich.table import Table
@@ -116,8 +116,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the models here; those that are there already are used")
     parser.add_argument("--prepare", action="store_true", help="everything but the speed (with --folder)")
     options = parser.parse_args()
-    import onnxlathe as lathe
-    from onnxlathe.models.zoo import build
     from onnxlathe.runtime.artifact import save
 
     texts = sentences()
@@ -127,8 +125,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         source = folder / "fp32.onnx"
         if not source.exists():
-            entry = build("minilm")
-            save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes), source)
+            save(exported("minilm"), source)
         calibration = save_all(batches(texts[:CALIBRATION], 8), folder / "calibration")
         held_files = sorted(save_all(held, folder / "held").glob("*.npz"))
         samples: dict[str, Path] = {}

@@ -1,10 +1,12 @@
 """Random graphs through every pass and preset, before and after compared in ONNX Runtime. Resumable.
 
     python benchmarks/fuzz.py --graphs 10000 --seed 0
+    python benchmarks/fuzz.py --graphs 1000 --seed 0 --kind blocks
 
-Graph number i of a seed is always the same. Every fiftieth graph the counts are written to ``results/fuzz.json``; a
-second run goes on from there. A wrong result is reduced and saved as ``NUMBER-PASS.onnx`` with ``.npz`` feeds in
-``--failures``; ``--recheck`` tries the recorded ones again, after a fix.
+Graph number i of a seed and a kind is always the same; ``blocks`` are repeated residual blocks, on which what prunes
+and distills is tried with many options. Every fiftieth graph the counts are written to ``results/fuzz.json`` (or
+``fuzz_blocks.json``); a second run goes on from there. A wrong result is reduced and saved as ``NUMBER-PASS.onnx`` with
+``.npz`` feeds in ``--failures``; ``--recheck`` tries the recorded ones again, after a fix.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from graph_fuzzer.generate import Case, draw
 from graph_fuzzer.judge import Judge, Verdict
 from graph_fuzzer.reduce import reduce
-from graph_fuzzer.trials import TRIALS, Trial
+from graph_fuzzer.repeated import draw_blocks
+from graph_fuzzer.trials import BLOCK_TRIALS, TRIALS, Trial
 
 _LOAD, _TRUTH = Trial("load"), Trial("truthful")
 _STEP, _COLLECT = 50, 10
+_KINDS = {"graphs": (draw, TRIALS), "blocks": (draw_blocks, BLOCK_TRIALS)}
 
 
 @dataclasses.dataclass
@@ -89,17 +93,18 @@ class Running:
         self._file.flush()
 
 
-def try_graph(number: int, seed: int, state: State, failures: Path, running: Running) -> None:
+def try_graph(number: int, seed: int, state: State, failures: Path, running: Running, kind: str = "graphs") -> None:
     """Every pass whose turn it is on graph ``number``."""
     running.say(f"{number} draw")
     random = Random(f"{seed}/{number}")
-    case = draw(random)
+    make, trials = _KINDS[kind]
+    case = make(random)
     judge = Judge(case, random)
     state.redrawn += case.redrawn
     state.nodes += len(case.proto.graph.node)
     state.operators.update(node.op_type for node in case.proto.graph.node)
     state.add(number, _LOAD, judge.load())
-    for place, trial in enumerate(TRIALS):
+    for place, trial in enumerate(trials):
         if (number + place) % trial.every == 0:
             running.say(f"{number} {trial.name}")
             verdict = judge.trial(trial)
@@ -125,16 +130,16 @@ def _save(number: int, trial: Trial, case: Case, folder: Path) -> None:
         np.savez(f"{stem}-{index}.npz", **feeds)
 
 
-def recheck(state: State, seed: int, failures: Path, running: Running) -> None:
+def recheck(state: State, seed: int, failures: Path, running: Running, kind: str) -> None:
     """Tries the graphs again that were wrong or ended the process; what is right now counts as ``same``."""
     crashed, state.crashed = state.crashed, []
     for item in crashed:
-        try_graph(int(str(item["graph"])), seed, state, failures, running)
+        try_graph(int(str(item["graph"])), seed, state, failures, running, kind)
     old, state.wrong = state.wrong, []
     for number in sorted({int(str(item["graph"])) for item in old}):
         before = [item for item in old if item["graph"] == number]
         now = State()
-        try_graph(number, seed, now, failures, running)
+        try_graph(number, seed, now, failures, running, kind)
         state.wrong += now.wrong
         for item in before:
             still = any(new["pass"] == item["pass"] and new["after"] == item["after"] for new in now.wrong)
@@ -146,11 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="fuzz", help="results/NAME.json")
+    parser.add_argument("--kind", choices=list(_KINDS), default="graphs")
+    parser.add_argument("--name", help="results/NAME.json; fuzz, or fuzz_blocks")
     parser.add_argument("--failures", type=Path, default=Path("fuzz_failures"))
     parser.add_argument("--recheck", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.name = args.name or {"graphs": "fuzz", "blocks": "fuzz_blocks"}[args.kind]
     args.failures.mkdir(parents=True, exist_ok=True)
     if not args.worker:
         sys.exit(_supervise())
@@ -163,14 +170,14 @@ def main() -> None:
     gc.disable()  # graphs are full of cycles: collected now and then
     gc.freeze()
     if args.recheck:
-        recheck(state, args.seed, args.failures, running)
+        recheck(state, args.seed, args.failures, running, args.kind)
         write_result(args.name, 0, {"seed": args.seed, "fuzz": state.to_dict()}, set())
     while state.graphs < args.graphs:
         if any(item["graph"] == state.graphs for item in state.crashed):
             state.graphs += 1
             continue
         start = time.process_time()
-        try_graph(state.graphs, args.seed, state, args.failures, running)
+        try_graph(state.graphs, args.seed, state, args.failures, running, args.kind)
         if state.graphs % _COLLECT == 0:
             gc.collect()
         state.seconds += time.process_time() - start

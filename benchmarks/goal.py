@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 from encoder_int8 import SHAPES, batches, fidelity, random_tokens, save_all
-from harness import Side, compare, run_once, write_result
+from harness import Side, compare, exported, run_once, write_result
 from pruning_data import texts
 from rich.console import Console
 
 import onnxlathe as lathe
-from onnxlathe.models.zoo import build
 from onnxlathe.runtime.artifact import save
 from onnxlathe.runtime.files import write_atomically
 
@@ -85,8 +84,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         source = folder / "fp32.onnx"
         if not source.exists():
-            entry = build("minilm")
-            save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes), source)
+            save(exported("minilm"), source)
         if not options.check:
             search(options, folder)
         if options.search:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from peers import python_of, versions
 
 from onnxlathe.runtime.environment import environment
@@ -18,6 +19,17 @@ from onnxlathe.runtime.files import write_atomically
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+
+
+def exported(name: str) -> ir.Model:
+    """A model of the zoo as onnxlathe exports it, with its dynamic dims; a language model with its cache."""
+    import onnxlathe as lathe
+    from onnxlathe.models.zoo import build
+
+    entry = build(name)
+    if entry.kind == "causal-lm":
+        return lathe.export_causal_lm(entry.module, check=False)
+    return lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False)
 
 
 @dataclasses.dataclass

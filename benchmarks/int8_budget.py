@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import write_result
+from harness import exported, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +48,6 @@ def main() -> None:
     """Prints the table and writes the JSON."""
     import onnxlathe as lathe
     from onnxlathe.compiler.verify import run_reference
-    from onnxlathe.models.zoo import build
     from onnxlathe.passes import QuantizeStatic
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,9 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     samples = tokenize(sentences(options.text, 8 * options.samples))
     seen, unseen = samples[: len(samples) // 2], samples[len(samples) // 2 :]
-    entry = build("minilm")
-    exported = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes)
-    fused = lathe.compile(exported, "cpu-fp32", speed_gate=False, progress=False).model
+    fused = lathe.compile(exported("minilm"), "cpu-fp32", speed_gate=False, progress=False).model
     exact = run_reference(fused, unseen)
     table = Table(title=f"MiniLM int8 under a budget of {options.metric}: loss on {len(unseen)} unseen batches")
     for column in ("budget", "loss unseen", "MatMul int8", "float", "seconds", "steps"):

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from cnn_int8 import digits
 from encoder_int8 import batches, random_tokens, sentences
-from harness import HERE, write_result
+from harness import HERE, exported, write_result
 from lowbit import samples as stories
 from rich.console import Console
 from rich.table import Table
@@ -122,10 +122,8 @@ CASES = {
 @functools.cache
 def minilm() -> Subject:
     """The sentence encoder; real sentences to calibrate and to judge, (1,128) to time."""
-    entry = build("minilm")
-    model = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False)
     texts = sentences()
-    return Subject(model, batches(texts[:64], 4), batches(texts[64:128], 4), random_tokens((1, 128)))
+    return Subject(exported("minilm"), batches(texts[:64], 4), batches(texts[64:128], 4), random_tokens((1, 128)))
 
 
 @functools.cache

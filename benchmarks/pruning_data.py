@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from encoder_int8 import CALIBRATION, HELD_OUT, sentences
+from harness import exported
 from lowbit import TEXT, Feeds, sample_of
 
 import onnxlathe as lathe
 from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.models.stories import heldout_stories, split_stories
-from onnxlathe.models.zoo import build
 from onnxlathe.runtime.artifact import save
 
 STRANGERS = 40
@@ -23,9 +23,7 @@ def minilm(folder: Path) -> ir.Model:
     """MiniLM as cpu-fp32 leaves it."""
     path = folder / "fused.onnx"
     if not path.exists():
-        entry = build("minilm")
-        source = lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes)
-        save(lathe.compile(source, "cpu-fp32", speed_gate=False, progress=False).model, path)
+        save(lathe.compile(exported("minilm"), "cpu-fp32", speed_gate=False, progress=False).model, path)
     model = load_model(path)
     infer_shapes(model)
     return model

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from encoder_int8 import batches, pooled, save_all, sentences
-from harness import RESULTS, write_result
+from harness import RESULTS, exported, write_result
 from lowbit import TEXT, Feeds, Judge, sample_of
 from pruners import pruned_by
 from pruning_data import story_samples
@@ -161,11 +161,7 @@ def stories(quick: bool, parts: set[str], console: Console) -> Iterator[tuple[fl
 
 def minilm(parts: set[str], console: Console) -> tuple[list[Row], list[dict[str, Any]]]:
     """Fidelity of MiniLM, and its layers' errors."""
-    from onnxlathe.compiler.exporting.export import export
-    from onnxlathe.models.zoo import build
-
-    entry = build("minilm")
-    model = load_model(export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes, check=False))
+    model = load_model(exported("minilm"))
     for step in (Cleanup(), FoldConstants()):
         step(model, PassContext())
     texts = sentences()

@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from distillation import digits
 from encoder_int8 import batches, fidelity, random_tokens
+from harness import exported
 from pruning_data import story_samples, texts
 
 import onnxlathe as lathe
 from onnxlathe.compiler.graph import weight_bytes
 from onnxlathe.compiler.scores import nats
 from onnxlathe.models.mlp import Mlp784
-from onnxlathe.models.zoo import build
 from onnxlathe.passes import PruneSparse, PruneWidth, QuantizeWeights
 from onnxlathe.passes.linear_layers import linear_layer
 from onnxlathe.passes.presets import PRESETS
@@ -129,8 +129,7 @@ def encoder(folder: Path) -> Subject:
     judged = batches(unseen, 32)
     source = folder / "encoder" / "original.onnx"
     if not source.exists():
-        entry = build("minilm")
-        save(lathe.export(entry.module, entry.args, dynamic_shapes=entry.dynamic_shapes), source)
+        save(exported("minilm"), source)
     reference: list[Any] = []
 
     def outputs(path: Path) -> list[Any]:

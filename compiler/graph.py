@@ -140,6 +140,13 @@ def dims(value: ir.Value | None) -> list[int | str | None] | None:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
 
 
+def give_types(values: Iterable[ir.Value], arrays: Mapping[str, Array]) -> None:
+    """Gives those of ``values`` whose element type is not known (contrib operators make such) that of their array."""
+    for value in values:
+        if value.dtype is None and (value.name or "") in arrays:
+            value.dtype = ir.DataType.from_numpy(arrays[value.name or ""].dtype)
+
+
 def rank(value: ir.Value | None) -> int | None:
     """Rank of ``value``, or None if unknown."""
     return None if value is None or value.shape is None else len(value.shape)

@@ -22,22 +22,25 @@ class KeptCaches:
 
     Attributes:
         sources: name of each cache input and output that is left -> its name before; caches that are not there went.
-            Empty: all are left under their names.
+            None: all are left under their names.
         heads: name (after) of each cache input and output of which heads went -> the heads that are left.
     """
 
-    sources: Mapping[str, str]
+    sources: Mapping[str, str] | None
     heads: Mapping[str, list[int]]
 
     def write(self, model: ir.Model) -> None:
         """Puts it into the model's metadata for the compile loop; follows what is there already."""
-        earlier = KeptCaches.take(model) or KeptCaches({}, {})
-        sources = {new: earlier.sources.get(old, old) for new, old in self.sources.items()} or earlier.sources
-        back = {old: new for new, old in self.sources.items()}
-        heads = {back.get(name, name): kept for name, kept in earlier.heads.items() if not back or name in back}
+        earlier = KeptCaches.take(model) or KeptCaches(None, {})
+        sources, heads = earlier.sources, dict(earlier.heads)
+        if self.sources is not None:
+            before = sources or {}
+            sources = {new: before.get(old, old) for new, old in self.sources.items()}
+            back = {old: new for new, old in self.sources.items()}
+            heads = {back[name]: kept for name, kept in heads.items() if name in back}
         for name, kept in self.heads.items():
             heads[name] = [heads[name][head] for head in kept] if name in heads else kept
-        model.metadata_props[KEY] = json.dumps({"sources": dict(sources), "heads": heads})
+        model.metadata_props[KEY] = json.dumps({"sources": sources, "heads": heads})
 
     @classmethod
     def take(cls, model: ir.Model) -> KeptCaches | None:
@@ -48,10 +51,12 @@ class KeptCaches:
     def of(self, arrays: Mapping[str, Array], model: ir.Model) -> dict[str, Array]:
         """A sample or the results of the decoder before, for ``model``, the one after."""
         names = {value.name for value in [*model.graph.inputs, *model.graph.outputs]}
-        moved = {old for new, old in self.sources.items() if new in names}
-        caches = {name for name in arrays if name in moved or (self.sources and name.startswith(("past", "present")))}
+        sources = self.sources or {}
+        moved = {old for new, old in sources.items() if new in names}
+        some = self.sources is not None
+        caches = {name for name in arrays if name in moved or (some and name.startswith(("past", "present")))}
         kept = {name: array for name, array in arrays.items() if name not in caches}
-        kept.update({new: arrays[old] for new, old in self.sources.items() if old in arrays})
+        kept.update({new: arrays[old] for new, old in sources.items() if old in arrays})
         return {name: array[:, self.heads[name]] if name in self.heads else array for name, array in kept.items()}
 
     def samples(self, feeds: Iterable[Mapping[str, Array]], model: ir.Model) -> Adapted:

@@ -41,10 +41,6 @@ class SymbolicShapes:
             self._dims[value] = self._declared(value)
         return self._dims[value]
 
-    def inherit(self, new: ir.Value, old: ir.Value) -> None:
-        """``new``, made since, has the shape of ``old``, whose place it takes."""
-        self._dims[new] = self.dims(old)
-
     def content(self, value: ir.Value | None) -> Dims | None:
         """The numbers inside a small integer tensor (a shape, a dim), or None if they are not known."""
         if value is None:

@@ -199,3 +199,12 @@ def test_the_width_behind_a_normalization_just_made_is_known() -> None:
             node.outputs[0].shape = None
     _, outcome = rewrite(FuseNormalization(), model)
     assert outcome.counts == {"RMSNormalization": 2}
+
+
+def test_what_one_fusion_tells_of_shapes_serves_the_next() -> None:
+    """Whether g is a scale of the second one depends on the rank of h, which is only known of an operator's result."""
+    first = CENTRE + "q = Mul(d, d) " + ROOT + "n = Div(d, r) h = Mul(n, g) "
+    second = """m2 = ReduceMean(h, last) d2 = Sub(h, m2) q2 = Mul(d2, d2) v2 = ReduceMean(q2, last) w2 = Add(v2, eps)
+        r2 = Sqrt(w2) n2 = Div(d2, r2) h2 = Mul(n2, g) y = Add(h2, b)"""
+    after, outcome = rewrite(FuseNormalization(), build(first + second))
+    assert ops(after) == {"LayerNormalization": 2} and outcome.counts == {"LayerNormalization": 2}

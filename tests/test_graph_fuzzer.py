@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from random import Random
@@ -14,18 +15,20 @@ import pytest
 from graph_fuzzer.generate import Case, draw
 from graph_fuzzer.judge import Judge, Verdict
 from graph_fuzzer.reduce import reduce
-from graph_fuzzer.trials import TRIALS, Trial
+from graph_fuzzer.repeated import draw_blocks
+from graph_fuzzer.trials import BLOCK_TRIALS, TRIALS, Trial
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxlathe.compiler.base import Outcome, Pass, PassContext
-from onnxlathe.compiler.graph import all_nodes
+from onnxlathe.compiler.graph import all_nodes, constant
 from onnxlathe.compiler.verify import run_reference
-from onnxlathe.passes import PASSES
+from onnxlathe.passes import PASSES, PruneWidth
 from rewriting import from_text
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+PRUNING = {"prune-width", "prune-depth", "prune-sparse", "prune-adaptive", "distill"}
 QUICK = [trial for trial in TRIALS if trial.every == 1]
 _DRAWS = settings(
     max_examples=25,
@@ -51,6 +54,51 @@ def test_random_graphs(seed: int) -> None:
     assert not wrong
 
 
+def test_random_blocks() -> None:
+    """Repeated residual blocks, on which each pass that prunes or distills has something to do."""
+    kinds: dict[str, set[str]] = {}
+    for seed in range(6):
+        random = Random(f"ci/{seed}")
+        judge = Judge(draw_blocks(random), random)
+        for trial in BLOCK_TRIALS:
+            if trial.name in PRUNING and trial.every <= (5 if seed == 0 else 2):
+                verdict = judge.trial(trial)
+                assert verdict.kind != "wrong", (seed, trial.name, trial.after, verdict.detail)
+                kinds.setdefault(trial.name, set()).add(verdict.kind)
+        assert judge.truthful().kind == "same"
+    assert set(kinds) == PRUNING and all("approximate" in found for found in kinds.values()), kinds
+
+
+@dataclasses.dataclass(frozen=True)
+class Skewed(PruneWidth):
+    """Cuts right, and spoils something else, or a figure."""
+
+    boast: bool = False
+
+    def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
+        outcome = super().__call__(model, context)
+        if self.boast:
+            outcome.notes[-1] = "bytes of weights: 1% of before"
+            return outcome
+        bias = model.graph.initializers["b"]
+        bias.const_value = ir.tensor(constant(bias) * np.float32(1.01), name="b")
+        return outcome
+
+
+@pytest.mark.parametrize(("boast", "words"), [(False, "the masked original's"), (True, "says that 1% of before")])
+def test_the_judge_sees_what_pruning_spoils(boast: bool, words: str) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[2, 4] x, float[4, 8] w, float[8, 4] v, float[4] b)
+        => (float[2, 4] y) { a = MatMul(x, w) c = Relu(a) d = MatMul(c, v) y = Add(d, b) }"""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape) for name, shape in {"w": (4, 8), "v": (8, 4), "b": (4,)}.items()}
+    case = case_of(text, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    for step, kind in ((PruneWidth, "approximate"), (functools.partial(Skewed, boast=boast), "wrong")):
+        trial = Trial("width", lambda random, step=step: step(method="magnitude", refit=False, multiple=1))
+        verdict = Judge(case, Random(0)).trial(trial)
+        assert verdict.kind == kind
+    assert words in verdict.detail
+
+
 @dataclasses.dataclass(frozen=True)
 class Broken(Pass):
     """Turns one Add into a Sub; or says nothing of what it did; or never ends doing it."""
@@ -71,9 +119,9 @@ class Broken(Pass):
         return outcome
 
 
-def case_of(text: str) -> Case:
+def case_of(text: str, **weights: np.ndarray) -> Case:
     """A case from ONNX text with one input x [2, 4]."""
-    model = from_text(text)
+    model = from_text(text, **weights)
     feeds = [{"x": np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)}]
     return Case(ir.to_proto(model), feeds, run_reference(model, feeds))
 

@@ -33,6 +33,13 @@ def test_solved_exactly() -> None:
         assert effects[rows, picked].sum() == pytest.approx(best)
 
 
+def test_options_that_break_the_model_are_the_last_resort() -> None:
+    effects, costs = np.array([[np.nan, 5.0], [np.inf, 0.1]]), np.array([[1.0, 4.0], [1.0, 2.0]])
+    assert solve(effects, costs, 6.0) == [1, 1]
+    assert solve(effects, costs, 5.0) in ([1, 0], [0, 1])
+    assert solve(effects, costs, 2.0) == [0, 0]
+
+
 def mixed(**options: object) -> MixedPrecision:
     return MixedPrecision(**{"accuracy_level": 0, "block_sizes": (32,), **options})  # type: ignore[arg-type]
 

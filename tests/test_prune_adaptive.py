@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import grouped_decoders
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -19,7 +20,7 @@ from onnxlathe.passes import PruneAdaptive
 from onnxlathe.passes.low_bit.mixed_precision import solve
 from onnxlathe.passes.pruning import prune_adaptive
 from onnxlathe.passes.pruning.blocks import residual_stream
-from onnxlathe.passes.pruning.choices import modules_of, shrunk
+from onnxlathe.passes.pruning.choices import leave_bias, modules_of, shrunk
 from onnxlathe.passes.pruning.coupling_rules import coupling_of
 from onnxlathe.passes.pruning.fit import mask
 from onnxlathe.passes.pruning.part_costs import part_bytes, part_times
@@ -170,6 +171,39 @@ def test_a_decoder_loses_heads_and_its_caches_follow() -> None:
     cache = next(value for value in student.graph.inputs if value.name == "past_key_values.0.key")
     assert cache.shape is not None and cache.shape[1] == 1
     assert len(lathe.Session(student).generate([[1, 2, 3]], max_new_tokens=3)[0]) >= 1
+
+
+def test_all_caches_may_go() -> None:
+    spec = grouped_decoders.Spec(packed="slice")
+    model, feeds = grouped_decoders.decoder(spec), grouped_decoders.samples(spec)
+    result = lathe.compile(model, [PruneAdaptive(bytes=0.25)], calibration=feeds, progress=False)
+    assert [value.name for value in result.model.graph.outputs] == ["logits"]
+    assert not any("past" in (value.name or "") for value in result.model.graph.inputs)
+    assert np.isfinite(result.report.error)
+
+
+def test_a_branch_without_a_bias_whose_sum_is_the_output() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, 8] x, float[8, 8] p, float[8, 16] w, float[16, 8] v)
+        => (float[n, 8] y) { h = MatMul(x, p)  a = MatMul(h, w)  g = Gelu(a)  d = MatMul(g, v)  y = Add(h, d) }"""
+    arrays = {name: RNG.standard_normal(shape) for name, shape in {"p": (8, 8), "w": (8, 16), "v": (16, 8)}.items()}
+    model = from_text(text, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    infer_shapes(model)
+    leave_bias(model, residual_stream(model), "test")
+    check_structure(model)
+    feeds = [{"x": np.ones((2, 8), np.float32)}]
+    assert np.allclose(run_reference(model, feeds)[0]["y"], feeds[0]["x"] @ arrays["p"], atol=1e-5)
+
+
+def test_bytes_are_met_where_two_cuts_meet_in_one_weight() -> None:
+    """A quarter of the rows and a quarter of the columns are not half of a matrix."""
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 8] x, float[8, 32] u, float[32, 32] v, float[32, 8] w)
+        => (float[n, 8] y) { a = MatMul(x, u)  b = Relu(a)  c = MatMul(b, v)  d = Relu(c)  y = MatMul(d, w) }"""
+    shapes = {"u": (8, 32), "v": (32, 32), "w": (32, 8)}
+    model = from_text(text, **{n: RNG.standard_normal(s).astype(np.float32) / 4 for n, s in shapes.items()})
+    for share in (0.8, 0.5, 0.3):
+        after, outcome = pruned(model, PruneAdaptive(bytes=share, multiple=1))
+        assert outcome.changed and 0.9 * share < weight_bytes(after) / weight_bytes(model) <= share
 
 
 def test_bad_input() -> None:

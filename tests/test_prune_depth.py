@@ -17,6 +17,7 @@ from onnxlathe.compiler.load import infer_shapes, load_model
 from onnxlathe.compiler.verify import check_structure, compare, run_reference
 from onnxlathe.passes import PruneDepth
 from onnxlathe.passes.pruning.blocks import blocks_of, residual_stream
+from onnxlathe.passes.pruning.bypass import bypass
 from onnxlathe.passes.quantization.quantized_layers import store
 from onnxlathe.runtime.errors import PassError
 from onnxlathe.runtime.feeds import make_feeds
@@ -190,6 +191,33 @@ def test_near_misses() -> None:
     )
     outcome = PruneDepth(layers=1)(plain, PassContext(feeds=samples(plain)))
     assert not outcome.changed and "no chain" in outcome.refusals[0].reason
+
+
+def test_others_that_read_the_stream_between_see_that_nothing_was_added() -> None:
+    """Hidden states as outputs: those of blocks that went are those before them, which then cost nothing."""
+    smaller, masked = pre_norm(4), pre_norm(4)
+    for model in (smaller, masked):
+        infer_shapes(model)
+        middle = next(node.outputs[0] for node in model.graph if node.outputs[0].name == "h2")
+        model.graph.outputs.append(middle)
+    arrays = {name: constant(value) for name, value in masked.graph.initializers.items()}
+    for name in ("v1", "b1", "v2", "b2"):
+        store(masked.graph.initializers[name], arrays[name] * 0)
+    for name in arrays:  # both models have the weights of one
+        store(smaller.graph.initializers[name], arrays[name])
+    bypass(smaller, residual_stream(smaller)[1:3], "test")
+    check_structure(smaller)
+    feeds = samples(masked, 2)
+    assert compare(run_reference(masked, feeds), run_reference(smaller, feeds))[0] < 1e-5
+    assert sum(node.op_type == "Gelu" for node in smaller.graph) == 2
+
+
+def test_a_weight_that_callers_may_override_stays_an_input_with_a_default() -> None:
+    model = pre_norm()
+    model.graph.inputs.append(model.graph.initializers["b1"])
+    after, outcome = pruned(model, PruneDepth(layers=1, method="influence"))
+    assert outcome.notes[0].endswith(": 1")
+    assert run_reference(after, [{"x": np.ones((1, 5, 8), np.float32)}])
 
 
 def test_bad_input() -> None:

@@ -325,6 +325,39 @@ SHARED = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[n, 16] x, float[16,16] w) => (float[n, 16] y) { p = MatMul(x, w)  q = Relu(p)  y = MatMul(q, w) }"""
 
 
+def test_small_weights_keep_something_and_the_others_make_up_for_it() -> None:
+    """Shares over all weights would leave nothing of a small one; a second run must find nothing left to do."""
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 8] x, float[8, 32] u, float[32, 2] v, float[2, 32] w)
+        => (float[n, 32] y) { a = MatMul(x, u)  b = MatMul(a, v)  y = MatMul(b, w) }"""
+    model = typed(from_text(text, **weights(u=(8, 32), v=(32, 2), w=(2, 32))))
+    model.graph.initializers["v"].const_value = ir.tensor(arrays(model)["v"] * 1e-3, name="v")
+    for allocation in ("global", "sensitivity"):
+        feeds = samples((30, 8))
+        after, _ = rewrite(
+            PruneSparse(sparsity=0.8, allocation=allocation),  # type: ignore[arg-type]
+            model,
+            feeds=feeds,
+            context=PassContext(feeds=feeds),
+            tolerance=np.inf,
+            nested=False,
+        )
+        zeros = sum(int((array == 0).sum()) for array in arrays(after).values())
+        assert zeros >= int(0.8 * 256) + 2 * int(0.8 * 64) and all(array.any() for array in arrays(after).values())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_without_refit_the_others_stay_as_they_are(method: str, allocation: str) -> None:
+    make, feeds = MODELS["mlp"]
+    after = make()
+    step = PruneSparse(method=method, refit=False, allocation=allocation)  # type: ignore[arg-type]
+    step(after, PassContext(feeds=feeds))
+    for name, old in arrays(make()).items():
+        new = arrays(after)[name]
+        assert np.array_equal(new, np.where(new == 0, new, old)), name
+
+
 def test_a_weight_of_two_layers() -> None:
     feeds = samples((30, 16))
     model = from_text(SHARED, **weights(w=(16, 16)))

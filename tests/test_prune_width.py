@@ -293,6 +293,17 @@ def test_bytes_target() -> None:
     assert 0.5 < weight_bytes(after) / weight_bytes(model) <= 0.6
 
 
+def test_a_second_run_to_a_target_leaves_alone_what_was_too_small_for_the_first() -> None:
+    body = "a = MatMul(x, w)  b = Relu(a)  c = MatMul(b, v)  s = Add(c, x)"
+    body += "  d = MatMul(s, k)  e = Relu(d)  y = MatMul(e, z)"
+    model = graph(body, w=array(8, 64), v=array(64, 8), k=array(8, 8), z=array(8, 8))
+    _, outcome = pruned(model, PruneWidth(bytes_target=0.8, multiple=4))
+    assert any("too few" in item.reason for item in outcome.refusals)
+    for target in (0.8, 0.25):  # a layer of few units never stands in the way of a target
+        after, _ = pruned(model, PruneWidth(bytes_target=target, multiple=1))
+        assert 0.8 * target < weight_bytes(after) / weight_bytes(model) <= target
+
+
 def test_latency_target_is_measured() -> None:
     model = graph("a = MatMul(x, w)  g = Relu(a)  y = MatMul(g, v)", w=array(8, 4096), v=array(4096, 8))
     after, outcome = pruned(model, PruneWidth(latency_target=0.8, method="activation"), samples(model, 2))

@@ -94,3 +94,12 @@ def test_few_samples_leave_the_weights_near_what_they_were() -> None:
     kept = np.arange(6)
     found = least_squares(weight, x.T @ x / 2, weight @ x.T @ x / 2, kept, ridge=10.0)
     assert np.abs(found[:, kept] - weight[:, kept]).max() < np.abs(weight).max()
+
+
+def test_a_covariance_that_rounding_left_indefinite_is_solved() -> None:
+    rng = np.random.default_rng(0)
+    vectors = np.linalg.qr(rng.standard_normal((6, 6)))[0]
+    covariance = vectors @ np.diag([3.0, 2.0, 1.0, 0.5, 0.2, -1e-4]) @ vectors.T
+    weight = rng.standard_normal((2, 6))
+    fitted = least_squares(weight, covariance, weight @ covariance, np.arange(6), 1e-6)
+    assert np.allclose(fitted, weight, atol=1e-3)

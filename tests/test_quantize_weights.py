@@ -12,6 +12,7 @@ import pytest
 from low_bit_models import HIDDEN, block, block_feeds, nats, stories, story_feeds
 
 from onnxlathe.compiler.base import PassContext
+from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.passes import QuantizeWeights
 from onnxlathe.passes.low_bit.blockwise import searched_grid
 from onnxlathe.runtime.artifact import save
@@ -376,3 +377,13 @@ def test_a_product_that_reads_another_product(form: Any) -> None:
     model = single(body, outputs="float[b, s, 96] y", **arrays)
     _, outcome = rewrite(plain(form=form, bits=8), model, tolerance=0.05)
     assert outcome.counts == {"8-bit products": 2}
+
+
+def test_a_weight_used_both_ways_is_refused_by_both_names() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 23]> g (float[n, 32] x, float[32, 32] w) => (float[n, 32] y)
+        { a = MatMul(x, w) t = Transpose<perm=[1, 0]>(w) y = MatMul(a, t) }"""
+    model = from_text(text, w=np.eye(32, dtype=np.float32))
+    infer_shapes(model)
+    outcome = QuantizeWeights(bits=8)(model, PassContext())
+    assert not outcome.changed
+    assert [refusal.reason for refusal in outcome.refusals] == ["the weight w is also used transposed"] * 2

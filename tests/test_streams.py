@@ -112,3 +112,14 @@ def test_ends_that_no_later_stage_reads_are_kept() -> None:
     stream = Stream(model, stages, feeds, 1 << 20)
     found = [next(iter(stream.advance(number))).tolist() for number in range(4)]
     assert found == [[[0, 1, 2, 3]], [[1, 1, 1, 1]], [[0, 1]], [[2, 3]]]
+
+
+def test_a_stage_after_values_of_unknown_type() -> None:
+    """Shape inference knows no types of contrib operators' outputs; a part that begins with one needs it."""
+    text = """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g (float[n, 4] x) => (float[n, 4] y)
+    { a = com.microsoft.FastGelu(x) b = Neg(a) y = Exp(b) }"""
+    model = from_text(text)
+    stages = values(model, "a", "b")
+    assert stages[0].dtype is None
+    stream = Stream(model, stages, [{"x": np.zeros((1, 4), np.float32)}], 1 << 20)
+    assert [next(iter(stream.advance(number))).tolist() for number in range(2)] == [[[0.0] * 4], [[-0.0] * 4]]

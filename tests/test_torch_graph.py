@@ -249,3 +249,15 @@ def test_unknown_operators_are_refused_by_name() -> None:
     model.graph[0].name = "determinant"
     with pytest.raises(PassError, match=r"cannot execute Det \(determinant\)"):
         TorchGraph(model)
+
+
+def test_the_default_of_an_input() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, 4] x, float[4, 3] w, float[3] b) => (float[n, 3] y)
+    { a = MatMul(x, w) y = Add(a, b) }"""
+    model = from_text(text, w=RNG.standard_normal((4, 3)).astype(np.float32), b=np.ones(3, np.float32))
+    model.graph.inputs.append(model.graph.initializers["b"])
+    graph = TorchGraph(model)
+    x = RNG.standard_normal((2, 4)).astype(np.float32)
+    for sample in ({"x": x}, {"x": x, "b": np.full(3, 5, np.float32)}):
+        assert compare(run_reference(model, [sample]), [run(graph, sample)])[0] < 1e-5
+    assert [weight.value.name for weight in graph.trained() if isinstance(weight, FloatWeight)] == ["w"]

@@ -146,7 +146,7 @@ class TorchGraph(nn.Module):
             elif is_constant(value) and not excluded and (kind := kind_of(value)):
                 weight = FloatWeight(value, kind == "matrix")
             else:
-                if is_constant(value):
+                if is_constant(value) or value.is_initializer():  # the default of an input that need not be fed
                     tensor = as_tensor(ir.convenience.get_const_tensor(value))
                     self._constants[value] = tensor.to(self.device) if tensor.is_floating_point() else tensor
                 continue

@@ -79,9 +79,17 @@ class FuseNormalization(Pass):
         ready = sum(is_op(node, "LayerNormalization", "RMSNormalization") for node in all_nodes(model))
         if ready:
             outcome.notes.append(f"{ready} normalizations were there already")
+        fused = -1
+        while fused != outcome.counts.total():  # what is fused may tell the shapes behind it
+            fused = outcome.counts.total()
+            outcome.refusals.clear()
+            self._round(model, context, outcome)
+        return outcome
+
+    def _round(self, model: ir.Model, context: PassContext, outcome: Outcome) -> None:
         anchors = [node for node in all_nodes(model) if _squared(node) is not None]
         if not anchors:
-            return outcome
+            return
         names, shapes = Names(model), SymbolicShapes(model)
         halves = _HALVES if context.device == "cuda" else _HALVES[:1]  # the CPU provider has no bfloat16 kernels
         for anchor in anchors:
@@ -99,7 +107,6 @@ class FuseNormalization(Pass):
                     outcome.refuse(anchor, rule, str(refusal))
         if outcome.changed:
             remove_dead(model)
-        return outcome
 
     def _write(self, kind: str, match: _Match, names: Names, shapes: SymbolicShapes) -> None:
         graph, result = match.last.graph, match.last.outputs[0]
@@ -120,7 +127,6 @@ class FuseNormalization(Pass):
             like=result,
             attributes={"axis": -1, "epsilon": match.epsilon},
         )
-        shapes.inherit(node.outputs[0], result)
         replace(match.last, [node], by=self.name, gone=[item for item in match.nodes if item is not match.last])
 
 

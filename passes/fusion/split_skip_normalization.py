@@ -91,12 +91,13 @@ class SplitSkipNormalization(Pass):
         inputs = list(node.inputs)
         bias = inputs[bias_index] if len(inputs) > bias_index else None
         result = node.outputs[0]
+        like = result if result.type is not None else inputs[0]  # onnx infers no types of these operators' results
         new: list[ir.Node] = []
         total = inputs[0]
         for summand in (bias, inputs[1]):
             if summand is not None:
                 base = names.fresh(f"{node.name}/sum")
-                new.append(make_node("Add", [total, summand], name=base, output=f"{base}_out", like=result))
+                new.append(make_node("Add", [total, summand], name=base, output=f"{base}_out", like=like))
                 total = new[-1].outputs[0]
         if len(node.outputs) > 3 and total is not None:
             node.outputs[3].replace_all_uses_with(total, replace_graph_outputs=True)
@@ -108,7 +109,7 @@ class SplitSkipNormalization(Pass):
         attributes = {"axis": -1, "epsilon": attribute(node, "epsilon", 1e-5)}
         name = names.fresh(f"{node.name}/{kind}")
         output = names.fresh(f"{result.name}_normalized")
-        new.append(make_node(kind, [total, *parts], name=name, output=output, like=result, attributes=attributes))
+        new.append(make_node(kind, [total, *parts], name=name, output=output, like=like, attributes=attributes))
         replace(node, new, by=self.name)
         outcome.counts[rule] += 1
 

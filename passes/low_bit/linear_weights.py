@@ -101,17 +101,24 @@ class Weight:
 
 
 def find_weights(model: ir.Model, outcome: Outcome) -> list[Weight]:
-    """All constant weights, in the order in which the graph uses them; near misses are refused by name."""
+    """All constant weights, in the order in which the graph uses them; near misses are refused by name.
+
+    A matrix that some products use as it is and others transposed stays as it is: two codes of it would be needed.
+    """
     found: dict[ir.Value, Weight] = {}
+    both: dict[ir.Value, None] = {}  # a set in order
     for node in all_nodes(model):
         if is_op(node, "MatMul", "Gemm"):
-            _linear(node, found, outcome)
+            _linear(node, found, both, outcome)
         elif is_op(node, "Gather"):
             _table(node, found)
+    for value in both:
+        for linear in found.pop(value).linears:
+            outcome.refuse(linear.node, _RULE, f"the weight {value.name} is also used transposed")
     return list(found.values())
 
 
-def _linear(node: ir.Node, found: dict[ir.Value, Weight], outcome: Outcome) -> None:
+def _linear(node: ir.Node, found: dict[ir.Value, Weight], both: dict[ir.Value, None], outcome: Outcome) -> None:
     x, right = node.inputs[0], node.inputs[1]
     if x is None or right is None or rank(right) != 2:
         return  # a product of two activations: nothing to report
@@ -132,8 +139,7 @@ def _linear(node: ir.Node, found: dict[ir.Value, Weight], outcome: Outcome) -> N
     outputs, inputs = shape if by_outputs else shape[::-1]
     weight = found.setdefault(value, Weight(value, outputs, inputs, by_outputs))
     if weight.by_outputs != by_outputs:
-        outcome.refuse(node, _RULE, f"the weight {value.name} is also used transposed")
-        return
+        both[value] = None
     bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
     weight.linears.append(Linear(node, x, bias))
 

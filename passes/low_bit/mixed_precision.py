@@ -166,7 +166,7 @@ def solve(effects: Array, costs: Array, budget: float) -> list[int]:
     """For each row the option (column) such that the sum of effects is least and that of costs within the budget.
 
     Args:
-        effects: [rows, options].
+        effects: [rows, options]; what is not finite is worse than all that is.
         costs: [rows, options].
         budget: at least the sum of the rows' smallest costs.
     """
@@ -174,7 +174,9 @@ def solve(effects: Array, costs: Array, budget: float) -> list[int]:
 
     rows, options = effects.shape
     one_each = np.kron(np.eye(rows), np.ones(options))
-    scale = max(float(np.abs(effects).max()), 1e-30)
+    finite = np.isfinite(effects)
+    scale = max(float(np.abs(effects[finite]).max(initial=0.0)), 1e-30)
+    effects = np.where(finite, effects, 2 * rows * scale)
     found = milp(
         effects.reshape(-1) / scale,
         integrality=np.ones(rows * options),

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.base import Feeds
-from ...compiler.graph import Array, subgraphs
+from ...compiler.graph import Array, give_types, subgraphs
 from ...runtime.inference import open_session, run_session, session_options
 
 MASK = "attention_mask"
@@ -122,9 +122,10 @@ class Stream:
             ir_version=self._model.ir_version,
         )
         part.graph.opset_imports.update(self._model.opset_imports)
+        names = [value.name or "" for value in part.graph.inputs if not value.is_initializer()]
+        give_types(part.graph.inputs, {name: self._store.get(0, name) for name in names if self._count})
         session = open_session(part, session_options(threads=self._threads, ort_config=PATIENT))
         wanted = [value.name or "" for value in outputs]
-        names = [value.name or "" for value in part.graph.inputs if not value.is_initializer()]
         for number in range(self._count):
             results = run_session(session, {name: self._store.get(number, name) for name in names}, wanted)
             for name, array in results.items():

@@ -37,12 +37,17 @@ def bypass(model: ir.Model, halves: Sequence[Half], by: str, adopt: ir.Node | No
             if is_op(use.node, "Shape") and use.node not in nodes:  # it asks for a size that the stream has too
                 use.node.replace_input_with(use.idx, first.skip)
     names = Names(model)
-    if last.norm is None and is_op(last.add, *_GAMMA, domain=MICROSOFT):
-        _unfused(last, first.skip, nodes, opset(model), names, by)
-    _forward(last.out, first.skip, names, by)
+    for half in halves:  # others may read the stream between them
+        if half.norm is None and is_op(half.add, *_GAMMA, domain=MICROSOFT) and _is_read(half.add.outputs[0], nodes):
+            _unfused(half, first.skip, nodes, opset(model), names, by)
+        forward(half.out, first.skip, names, by)
     remove_dead(model)
     for value in list(model.graph.initializers.values()):
         drop_unused(value)
+
+
+def _is_read(value: ir.Value, gone: set[ir.Node]) -> bool:
+    return value.is_graph_output() or any(use.node not in gone for use in value.uses())
 
 
 def _take_over(target: ir.Node, source: ir.Node, by: str) -> None:
@@ -64,7 +69,7 @@ def _unfused(half: Half, stream: ir.Value, gone: set[ir.Node], version: int, nam
     free = fused is not None and all(use.node in gone for use in fused.outputs[0].uses())
     if fused is not None and free and not fused.outputs[0].is_graph_output() and fused.outputs[0] is not stream:
         _take_over(fused, node, by)
-        _forward(normalized, fused.outputs[0], names, by)
+        forward(normalized, fused.outputs[0], names, by)
         return
     simplified = node.op_type == "SkipSimplifiedLayerNormalization"
     op = "LayerNormalization"
@@ -78,10 +83,10 @@ def _unfused(half: Half, stream: ir.Value, gone: set[ir.Node], version: int, nam
     graph = node.graph
     if graph is not None:
         graph.insert_before(node, new)
-    _forward(normalized, new.outputs[0], names, by)
+    forward(normalized, new.outputs[0], names, by)
 
 
-def _forward(old: ir.Value, new: ir.Value, names: Names, by: str) -> None:
+def forward(old: ir.Value, new: ir.Value, names: Names, by: str) -> None:
     """Everybody who reads ``old`` reads ``new``; an output of the model keeps its name."""
     if not old.is_graph_output():
         old.replace_all_uses_with(new)

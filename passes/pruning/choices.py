@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.base import PassContext
-from ...compiler.graph import PASS_KEY, Array, constant, is_op, producer, rank, remove_dead
+from ...compiler.graph import PASS_KEY, Array, Names, constant, is_op, producer, rank, remove_dead
 from ...runtime.inference import open_session, run_session, session_options
 from ..low_bit.output_effect import OutputEffect
 from ..low_bit.streams import PATIENT
 from .blocks import Half, residual_stream, runs
-from .bypass import bypass
+from .bypass import bypass, forward
 from .coupling_rules import coupling_of
 from .cut import cut
 from .fit import bias_place, kept_columns, problem_of, weight_matrix
@@ -115,7 +115,7 @@ def leave_bias(model: ir.Model, silent: Sequence[Half], by: str) -> None:
             add.replace_input_with(index, bias)
             add.metadata_props[PASS_KEY] = by
         elif stream is not None:
-            add.outputs[0].replace_all_uses_with(stream)
+            forward(add.outputs[0], stream, Names(model), by)
     halves = residual_stream(model) if fused else []
     for run in list(runs(halves, {half for half in halves if half.add.name in fused})):
         bypass(model, run, by)

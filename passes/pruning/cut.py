@@ -52,13 +52,14 @@ def cut(coupling: Coupling, gone: Array, by: str) -> None:
     }
     _Cutter(coupling, kept, by).run()
     if heads:
-        KeptCaches({}, heads).write(model)
+        KeptCaches(None, heads).write(model)
     remove_dead(model)
 
 
 def drop_unused(value: ir.Value | None) -> None:
     """Takes an initializer that nobody reads any more out of its graph."""
-    if value is not None and value.is_initializer() and not value.uses() and not value.is_graph_output():
+    needed = value is None or value.uses() or value.is_graph_output() or value.is_graph_input()
+    if value is not None and value.is_initializer() and not needed:
         graph = value.graph
         if graph is not None:
             graph.initializers.pop(value.name or "", None)

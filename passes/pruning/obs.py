@@ -174,9 +174,20 @@ def least_squares(weight: Array, covariance: Array, cross: Array, kept: Array, r
         return result
     inner = covariance[np.ix_(kept, kept)]
     right = cross[:, kept] - weight[:, kept] @ inner
-    solved = scipy.linalg.solve(damped(inner, ridge), right.T, assume_a="pos").T
-    result[:, kept] = weight[:, kept] + solved
+    result[:, kept] = weight[:, kept] + _solve(damped(inner, ridge), right.T).T
     return result
+
+
+def _solve(covariance: Array, right: Array) -> Array:
+    """``covariance^-1 right``; where rounding left eigenvalues that are not positive (means far above the deviations),
+    these count as a small share of the mean one.
+    """
+    try:
+        return scipy.linalg.solve(covariance, right, assume_a="pos")
+    except scipy.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(covariance)
+        values = np.maximum(values, DAMPING * max(float(values.mean()), 1e-30))
+        return vectors @ ((vectors.T @ right) / values[:, None])
 
 
 def squared_error(weight: Array, covariance: Array, cross: Array, power: float) -> float:

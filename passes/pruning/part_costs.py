@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...compiler.base import Feeds, PassContext
-from ...compiler.graph import Array, constant, weight_bytes
+from ...compiler.graph import Array, constant, give_types, weight_bytes
 from ...compiler.kept_caches import KeptCaches
 from ...compiler.padding import cache_names
 from ...runtime.benchmark import interleaved
@@ -91,6 +91,7 @@ def _part(model: ir.Model, module: Module, sample: Feeds, context: PassContext) 
     graph = ir.convenience.extract(copy.graph, list(outside), wanted)
     part = ir.Model(graph, ir_version=model.ir_version)
     part.graph.opset_imports.update(model.opset_imports)
+    give_types(part.graph.inputs, given)
     used = {value.name for value in part.graph.inputs if not value.is_initializer()}
     return part, {name: array for name, array in given.items() if name in used}
 

@@ -137,6 +137,7 @@ class _Plan:
         """
         wanted = self._step.bytes if self._step.bytes is not None else 1 / self._step.speedup
         wanted = 1 - share * (1 - wanted)
+        limit = wanted if self._step.bytes is not None else wanted * (1 + _EXACT)
         options = max(len(costs) for costs in self._costs)
         full = float(sum(costs[0] for costs in self._costs))
         effects, costs = (np.stack([_padded(row, options) for row in rows]) for rows in (self._effects, self._costs))
@@ -154,23 +155,25 @@ class _Plan:
                     "Ask for less, or allow more kinds of units (what=...).",
                 )
             picked = solve(effects, costs, budget)
-            if self._step.bytes is not None:
-                return picked
             real = self.relative(picked)
-            if real <= wanted * (1 + _EXACT) and (not best or self._effect_of(picked) < self._effect_of(best)):
+            if real <= limit and (not best or self._effect_of(picked) < self._effect_of(best)):
                 best = picked
-            if abs(real - wanted) <= wanted * _EXACT:
+            if wanted * (1 - _EXACT) <= real <= limit:
                 break
             aim = 1 - (1 - aim) * (1 - wanted) / max(1 - real, 0.1 * (1 - wanted))
+            if self._step.bytes is not None and real > limit:  # or the same would be picked again
+                aim = min(aim, self.predicted(picked) - 1e-9)
         return best or picked
 
     def _effect_of(self, picked: Sequence[int]) -> float:
         return sum(float(row[option]) for row, option in zip(self._effects, picked, strict=True))
 
     def relative(self, picked: Sequence[int]) -> float:
-        """Time of the whole model with these options over its time as it is."""
+        """Time, or bytes, of the whole model with these options over what it takes as it is."""
         counts, silent = self._chosen(picked)
         smaller = shrunk(self._model, counts, silent, self._step.name)
+        if self._step.bytes is not None:
+            return weight_bytes(smaller) / weight_bytes(self._model)
         return relative_time(self._model, smaller, self._sample, self._context)
 
     def predicted(self, picked: Sequence[int]) -> float:

@@ -54,7 +54,8 @@ class PruneSparse(Pass):
         allocation: uniform: every weight has this sparsity. global: the smallest numbers of all weights together decide
             each one's share. sensitivity: shares of least effect on the model's output, measured weight by weight.
         add_bias: also MatMuls without a bias get one for what their mean output loses, as an Add.
-        target: 0 aims at each layer's output on the pruned prefix, 1 at the original model's.
+        target: 0 aims at each layer's output on the pruned prefix, 1 at the original model's; magnitude and wanda
+            without refit leave the other weights as they are.
         include: only nodes that match one of these: operator types, globs over names, callables; empty: all.
         exclude: none of these.
     """
@@ -151,7 +152,7 @@ class PruneSparse(Pass):
         if self.allocation == "uniform":
             return False
         zeros = sum(sum(zeros_already(weight)) for weight in weights)
-        return zeros >= int(self.sparsity * sum(weight.size for weight in weights))
+        return zeros >= sum(int(self.sparsity * weight.size) for weight in weights)
 
     def _goals(
         self, model: ir.Model, weights: list[Prunable], context: PassContext, outcome: Outcome
@@ -193,7 +194,8 @@ class PruneSparse(Pass):
         self, model: ir.Model, goals: dict[Prunable, list[Goal]], context: PassContext
     ) -> dict[Prunable, Solution]:
         if self._needs_samples:
-            return prune_in_order(model, goals, self._solve, context, self.target)
+            stays = not self.refit and self.method in ("magnitude", "wanda")
+            return prune_in_order(model, goals, self._solve, context, 0.0 if stays else self.target)
         found: dict[Prunable, Solution] = {}
         for weight, parts in goals.items():
             pairs = zip(weight.matrix(), parts, strict=True)

@@ -101,10 +101,14 @@ class PruneWidth(Pass):
         if self.method != "magnitude" or self.refit:
             needs_samples(context, self.name)
         ratio = self._ratio(model, found, context, outcome)
-        counts = [removed(item, ratio, self.multiple) for item in found]
+        searched = self.latency_target is not None or self.bytes_target is not None
+        counts = [removed(item, ratio, self.multiple, keep_one=searched) for item in found]
+        whole = [item for item, count in zip(found, counts, strict=True) if not count]
         found, counts = _nonempty(found, counts, outcome)
         if not found:
             return outcome
+        if searched:  # a second run would ask for another share of what is left
+            _mark_whole(whole)
         rankings = rank(model, found, counts, self.method, context)
         gone = np.concatenate([item.units[r.order[:n]] for item, r, n in zip(found, rankings, counts, strict=True)])
         before = weight_bytes(model)
@@ -154,16 +158,17 @@ class PruneWidth(Pass):
         return high
 
 
-def removed(item: Dimension, ratio: float, multiple: int) -> int:
+def removed(item: Dimension, ratio: float, multiple: int, keep_one: bool = False) -> int:
     """How many units of a dimension go at this ratio.
 
     Raises:
-        PassError: none would be left.
+        PassError: none would be left, and ``keep_one`` does not say that then one is.
     """
     count = len(item.units)
     left = round(count * (1 - ratio))
     if item.kind != "heads" and count >= 2 * multiple:
         left = math.ceil(count * (1 - ratio) / multiple - 1e-9) * multiple
+    left = max(left, int(keep_one))
     if left < 1:
         raise PassError(
             f"A ratio of {ratio:g} leaves none of the {count} {_WORDS[item.kind]} made by {item.name}.",
@@ -177,7 +182,7 @@ def narrowed(model: ir.Model, names: set[str], ratio: float, multiple: int) -> i
     copy = model.clone()
     coupling = coupling_of(copy)
     found = [item for item in coupling.dimensions() if item.name in names]
-    gone = [item.units[: removed(item, ratio, multiple)] for item in found]
+    gone = [item.units[: removed(item, ratio, multiple, keep_one=True)] for item in found]
     cut(coupling, np.concatenate(gone), PruneWidth.name)
     return copy
 
@@ -244,6 +249,13 @@ def notes(found: Sequence[Dimension], counts: Sequence[int], fits: Sequence[Refi
         drop, fit = (float(np.median([getattr(item, name) for item in fits])) for name in ("dropped", "fitted"))
         lines.append(f"error of the layers' outputs, median: {drop:.3g} of their energy dropped, {fit:.3g} refitted")
     return lines
+
+
+def _mark_whole(dimensions: Sequence[Dimension]) -> None:
+    """Marks layers of which nothing goes, so that a second run leaves them alone too."""
+    for item in dimensions:
+        for consumer in item.consumers:
+            consumer.layer.node.metadata_props.setdefault(WIDTH_KEY, f"{len(item.units)} of {len(item.units)}")
 
 
 def _nonempty(found: Sequence[Dimension], counts: Sequence[int], outcome: Outcome) -> tuple[list[Dimension], list[int]]:

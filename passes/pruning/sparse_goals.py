@@ -33,9 +33,9 @@ def below(weights: Sequence[Prunable], threshold: float) -> dict[Prunable, list[
 
 
 def by_magnitude(weights: Sequence[Prunable], share: float) -> dict[Prunable, list[int]]:
-    """As many zeros as the weight has of the smallest numbers of all weights together."""
+    """As many zeros as the weight has of the smallest numbers of all weights together; one number a group stays."""
     total = sum(weight.size for weight in weights)
-    everything = np.concatenate([np.abs(weight.matrix()).reshape(-1) for weight in weights])
+    everything = np.concatenate([_protected(group) for weight in weights for group in weight.matrix()])
     smallest = np.argpartition(everything, max(round(share * total) - 1, 0))[: round(share * total)]
     chosen = np.zeros(total, bool)
     chosen[smallest] = True
@@ -46,6 +46,13 @@ def by_magnitude(weights: Sequence[Prunable], share: float) -> dict[Prunable, li
         own = chosen[start : start + weight.size].reshape(groups, -1)
         found[weight] = [int(count) for count in own.sum(axis=1)]
         start += weight.size
+    return found
+
+
+def _protected(group: Array) -> Array:
+    """Magnitudes of a group's numbers, the largest infinite, as something has to be left."""
+    found = np.abs(group).reshape(-1)
+    found[found.argmax()] = np.inf
     return found
 
 

@@ -17,16 +17,19 @@ def attention(b: Builder, x: Value | None = None) -> Value:
     """Projections, heads, scores, mask, softmax, merge, product."""
     x = x or b.stream()
     heads = b.random.choice([1, 2, 4])
-    size = b.width // heads
-    q, k, v = _projections(b, normalization(b, x) if b.chance(0.3) else x)
-    if b.opset >= 23 and b.chance(0.15):
-        y = b.op("Attention", [q, k, v], x.shape, q_num_heads=heads, kv_num_heads=heads)
-    elif b.chance(0.1):
-        y = b.op("MultiHeadAttention", [q, k, v], x.shape, domain="com.microsoft", num_heads=heads)
-    else:
-        y = _written_out(b, q, k, v, heads, size)
+    y = attend(b, normalization(b, x) if b.chance(0.3) else x, heads)
     y = linear(b, y, b.width) if b.chance(0.7) else y
     return residual(b, x, y) if b.chance(0.6) else y
+
+
+def attend(b: Builder, x: Value, heads: int) -> Value:
+    """Projections of ``x``, heads, scores, mask, softmax, merge."""
+    q, k, v = _projections(b, x)
+    if b.opset >= 23 and b.chance(0.15):
+        return b.op("Attention", [q, k, v], x.shape, q_num_heads=heads, kv_num_heads=heads)
+    if b.chance(0.1):
+        return b.op("MultiHeadAttention", [q, k, v], x.shape, domain="com.microsoft", num_heads=heads)
+    return _written_out(b, q, k, v, heads, b.width // heads)
 
 
 def _projections(b: Builder, x: Value) -> list[Value]:
@@ -88,7 +91,7 @@ def _masked(b: Builder, scores: Value) -> Value:
         return b.op("Add", [scores, b.input(("n", 1, "s", "s"), name=b.fresh("bias"))])
     low = b.constant(np.float32(b.random.choice([LOW, -10000.0])))
     if kind == "padding":
-        flags = b.input(("n", "s"), "int64", b.fresh("mask"))
+        flags = b.flags or b.input(("n", "s"), "int64", b.fresh("mask"))
         axes = [1, 2]
         if b.opset >= 13:
             wide = b.op("Unsqueeze", [flags, b.ints(*axes)], ("n", 1, 1, "s"))

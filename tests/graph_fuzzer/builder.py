@@ -37,6 +37,11 @@ class Builder:
     Args:
         random: source of every choice, so that Hypothesis can shrink and a seed can repeat a graph.
         opset: version of the default domain.
+
+    Attributes:
+        flags: an input [n, s] that says which tokens are padding; None: attention makes itself one where it wants to.
+        as_nodes: share of constants that are Constant nodes.
+        shared: share of weights that another node uses already.
     """
 
     def __init__(self, random: Random, opset: int) -> None:
@@ -49,6 +54,8 @@ class Builder:
         self.initializers: list[onnx.TensorProto] = []
         self.outputs: list[Value] = []
         self.depth = 0
+        self.flags: Value | None = None
+        self.as_nodes, self.shared = 0.2, 0.12
         self._constants: list[tuple[Value, Array]] = []
         self._number = 0
         self._arrays = np.random.default_rng(random.randrange(2**32))
@@ -85,7 +92,7 @@ class Builder:
                 break
         value = Value(self.fresh("c"), str(array.dtype), array.shape)
         tensor = onnx.numpy_helper.from_array(array, value.name)
-        if self.depth or self.chance(0.2):
+        if self.depth or self.chance(self.as_nodes):
             self.nodes.append(onnx.helper.make_node("Constant", [], [value.name], value=tensor))
         else:
             self.initializers.append(tensor)
@@ -96,7 +103,7 @@ class Builder:
     def weight(self, *shape: int, scale: float | None = None, dtype: str = "float32") -> Value:
         """A random constant, sometimes one that another node uses already."""
         alike = [value for value, _ in self._constants if value.shape == shape and value.dtype == dtype]
-        if alike and self.chance(0.12):
+        if alike and self.chance(self.shared):
             return self.random.choice(alike)
         scale = 1 / max(1, shape[0]) ** 0.5 if scale is None else scale
         return self.constant(self.normal(*shape, scale=scale), dtype)

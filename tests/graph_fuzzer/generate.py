@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -48,10 +49,15 @@ class Case:
     redrawn: int = 0
 
 
-def draw(random: Random) -> Case:
-    """A random graph with at least one set of inputs on which it runs."""
+def draw(random: Random, make: Callable[[Random], tuple[onnx.ModelProto, list[Feeds]]] | None = None) -> Case:
+    """A random graph with at least one set of inputs on which it runs.
+
+    Args:
+        random: source of every choice.
+        make: draws a graph, which need not be valid, and its inputs; None: steps of all kinds.
+    """
     for redrawn in itertools.count():
-        proto, feeds = _decoder(random) if random.random() < 0.03 else _graph(random)
+        proto, feeds = (make or _any)(random)
         try:
             session = ort.InferenceSession(proto.SerializeToString(), session_options(optimize=False, repack=False))
         except Exception:  # not valid after all: ORT's exception classes are not public
@@ -77,6 +83,10 @@ def draw(random: Random) -> Case:
     raise AssertionError
 
 
+def _any(random: Random) -> tuple[onnx.ModelProto, list[Feeds]]:
+    return decoder_of(random) if random.random() < 0.03 else _graph(random)
+
+
 def _graph(random: Random) -> tuple[onnx.ModelProto, list[Feeds]]:
     b = Builder(random, random.randint(11, 24))
     b.input(("n", "s", b.width)) if random.random() < 0.7 else b.input(("n", b.width))
@@ -86,7 +96,7 @@ def _graph(random: Random) -> tuple[onnx.ModelProto, list[Feeds]]:
     if random.random() < 0.35:
         mutate(proto, random, random.randint(1, 2))
     rng = np.random.default_rng(random.randrange(2**32))
-    return proto, [_feeds(proto, sizes, rng, number) for number, sizes in enumerate(_SIZES)]
+    return proto, [feeds_of(proto, sizes, rng, number) for number, sizes in enumerate(_SIZES)]
 
 
 def _step(b: Builder) -> None:
@@ -116,7 +126,8 @@ def _outputs(b: Builder) -> list[Value]:
     return list(dict.fromkeys(chosen))
 
 
-def _feeds(proto: onnx.ModelProto, sizes: dict[str, int], rng: np.random.Generator, number: int) -> Feeds:
+def feeds_of(proto: onnx.ModelProto, sizes: dict[str, int], rng: np.random.Generator, number: int) -> Feeds:
+    """Inputs for the sizes of the symbolic dims; the second sample overrides what initializers may be overridden."""
     overridable = {tensor.name: tensor for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
     meant = not overridable.keys() <= inputs  # all of them as inputs: an old exporter's habit, which `load` drops
@@ -160,7 +171,7 @@ def _operands(node: onnx.NodeProto) -> set[str]:
 
 
 def _array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rng: np.random.Generator) -> Array:
-    if name.startswith("mask"):
+    if name.startswith(("mask", "attention_mask")):
         mask = np.ones(shape, dtype)
         if mask.size and shape[1] > 2:
             mask[-1, -2:] = 0
@@ -172,7 +183,7 @@ def _array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rng: np.rand
     return np.asarray(rng.standard_normal(shape)).astype(dtype)
 
 
-def _decoder(random: Random) -> tuple[onnx.ModelProto, list[Feeds]]:
+def decoder_of(random: Random, layers: int = 2) -> tuple[onnx.ModelProto, list[Feeds]]:
     """A decoder with a cache, put together from the parts that ``grouped_decoders`` has."""
     width = random.choice([16, 16, 8])
     rotary = random.choice(
@@ -182,8 +193,8 @@ def _decoder(random: Random) -> tuple[onnx.ModelProto, list[Feeds]]:
     spec = Spec(
         heads=heads,
         kv_heads=kv_heads,
-        rotary=(rotary,) * 2,
-        windows=random.choice([(0, 0), (0, 0), (3, 3)]),
+        rotary=(rotary,) * layers,
+        windows=(random.choice([0, 0, 3]),) * layers,
         repeat="none" if heads == kv_heads else random.choice(["expand", "tile"]),
         scale=random.choice(["scores", "divided", "q", "k", "both", "none"]),
         softcap=random.choice([0.0, 0.0, 5.0]),

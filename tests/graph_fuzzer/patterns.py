@@ -16,7 +16,8 @@ def _off(b: Builder, value: float) -> float:
     return value * b.random.choice([1.1, 0.5, -1.0]) if b.chance(0.06) else value
 
 
-def _swap(b: Builder, x: Value, y: Value) -> list[Value]:
+def swap(b: Builder, x: Value, y: Value) -> list[Value]:
+    """The operands in one order or the other."""
     return [y, x] if b.chance(0.4) else [x, y]
 
 
@@ -25,26 +26,26 @@ def gelu(b: Builder, x: Value | None = None) -> Value:
     x = x or b.pick()
     kind = b.random.choice(["erf", "erf", "tanh", "quick", "silu"])
     if kind in ("quick", "silu"):
-        inner = b.op("Mul", _swap(b, x, b.number(_off(b, 1.702), x))) if kind == "quick" else x
-        return b.op("Mul", _swap(b, x, b.op("Sigmoid", [inner])))
+        inner = b.op("Mul", swap(b, x, b.number(_off(b, 1.702), x))) if kind == "quick" else x
+        return b.op("Mul", swap(b, x, b.op("Sigmoid", [inner])))
     if kind == "erf":
         root = math.sqrt(2)
         inner = b.op("Div", [x, b.number(_off(b, root), x)])
         if b.chance(0.4):
-            inner = b.op("Mul", _swap(b, x, b.number(_off(b, 1 / root), x)))
+            inner = b.op("Mul", swap(b, x, b.number(_off(b, 1 / root), x)))
         curve = b.op("Erf", [inner])
     else:
         cube = b.op("Pow", [x, b.number(3.0, x)]) if b.chance(0.5) else b.op("Mul", [b.op("Mul", [x, x]), x])
-        inner = b.op("Add", _swap(b, x, b.op("Mul", _swap(b, cube, b.number(_off(b, 0.044715), x)))))
-        curve = b.op("Tanh", [b.op("Mul", _swap(b, inner, b.number(_off(b, math.sqrt(2 / math.pi)), x)))])
-    curve = b.op("Add", _swap(b, curve, b.number(_off(b, 1.0), x)))
+        inner = b.op("Add", swap(b, x, b.op("Mul", swap(b, cube, b.number(_off(b, 0.044715), x)))))
+        curve = b.op("Tanh", [b.op("Mul", swap(b, inner, b.number(_off(b, math.sqrt(2 / math.pi)), x)))])
+    curve = b.op("Add", swap(b, curve, b.number(_off(b, 1.0), x)))
     half = b.number(_off(b, 0.5), x)
     order = b.random.choice(["x first", "half last", "half curve"])
     if order == "x first":
-        return b.op("Mul", _swap(b, b.op("Mul", _swap(b, x, half)), curve))
+        return b.op("Mul", swap(b, b.op("Mul", swap(b, x, half)), curve))
     if order == "half last":
-        return b.op("Mul", _swap(b, b.op("Mul", _swap(b, x, curve)), half))
-    return b.op("Mul", _swap(b, x, b.op("Mul", _swap(b, curve, half))))
+        return b.op("Mul", swap(b, b.op("Mul", swap(b, x, curve)), half))
+    return b.op("Mul", swap(b, x, b.op("Mul", swap(b, curve, half))))
 
 
 def _mean(b: Builder, x: Value, keep: bool = True) -> Value:
@@ -68,10 +69,10 @@ def normalization(b: Builder, x: Value | None = None) -> Value:
     d = b.op("Sub", [x, _mean(b, x)]) if centred else x
     square = b.op("Pow", [d, b.number(_off(b, 2.0), d)]) if b.chance(0.5) else b.op("Mul", [d, d])
     variance = _mean(b, square)
-    sum_ = b.op("Add", _swap(b, variance, b.number(b.random.choice([1e-5, 1e-6, 1e-12]), variance)))
+    sum_ = b.op("Add", swap(b, variance, b.number(b.random.choice([1e-5, 1e-6, 1e-12]), variance)))
     root = b.random.choice(["div", "reciprocal", "one over", "pow"])
     if root == "pow":
-        y = b.op("Mul", _swap(b, d, b.op("Pow", [sum_, b.number(-0.5, sum_)])))
+        y = b.op("Mul", swap(b, d, b.op("Pow", [sum_, b.number(-0.5, sum_)])))
     else:
         deviation = b.op("Sqrt", [sum_])
         if root == "div":
@@ -83,9 +84,9 @@ def normalization(b: Builder, x: Value | None = None) -> Value:
     y = Value(y.name, y.dtype, x.shape)
     b.values[-1] = y
     if b.chance(0.8):
-        y = b.op("Mul", _swap(b, y, scale), x.shape)
+        y = b.op("Mul", swap(b, y, scale), x.shape)
     if b.chance(0.7):
-        y = b.op("Add", _swap(b, y, bias), x.shape)
+        y = b.op("Add", swap(b, y, bias), x.shape)
     return y
 
 
@@ -94,14 +95,14 @@ def linear(b: Builder, x: Value | None = None, out: int = 0) -> Value:
     x = x or (b.stream() if b.chance(0.5) else b.rows())
     inner, out = int(x.shape[-1]), out or b.random.choice([b.width, 4, 2 * b.width])
     shape = (*x.shape[:-1], out)
-    source = b.op("Mul", _swap(b, x, b.number(0.5, x))) if b.chance(0.15) else x
+    source = b.op("Mul", swap(b, x, b.number(0.5, x))) if b.chance(0.15) else x
     y = b.op("MatMul", [source, b.weight(inner, out)], shape)
     if b.chance(0.6):
-        y = b.op("Add", _swap(b, y, b.weight(out, scale=0.5)), shape)
+        y = b.op("Add", swap(b, y, b.weight(out, scale=0.5)), shape)
     if b.chance(0.2):
         y = b.op(b.random.choice(["Mul", "Div"]), [y, b.number(b.random.choice([2.0, 0.125]), y)], shape)
     if b.chance(0.15):
-        y = b.op("Mul", _swap(b, y, b.weight(out, scale=1.0)), shape)
+        y = b.op("Mul", swap(b, y, b.weight(out, scale=1.0)), shape)
     if b.chance(0.15):
         y = b.op("Add", [y, b.weight(out, scale=0.5)], shape)
     return y
@@ -126,7 +127,7 @@ def conv_chain(b: Builder) -> Value:
             y = b.op(b.random.choice(["Mul", "Div", "Sub"]), [y, b.number(2.0, y)])
         else:
             channelwise = b.weight(1, out, 1, 1, scale=1.0) if b.chance(0.8) else b.weight(size, scale=1.0)
-            y = b.op(kind.title(), _swap(b, y, channelwise), y.shape)
+            y = b.op(kind.title(), swap(b, y, channelwise), y.shape)
     return y
 
 
@@ -139,10 +140,10 @@ def gated(b: Builder, x: Value | None = None) -> Value:
     up = b.op("MatMul", [x, b.weight(inner, hidden)], shape)
     kind = b.random.choice(["silu", "Sigmoid", "gelu", "Relu"])
     if kind == "silu":
-        act = b.op("Mul", _swap(b, gate, b.op("Sigmoid", [gate])))
+        act = b.op("Mul", swap(b, gate, b.op("Sigmoid", [gate])))
     else:
         act = gelu(b, gate) if kind == "gelu" else b.op(kind, [gate])
-    return b.op("MatMul", [b.op("Mul", _swap(b, act, up)), b.weight(hidden, inner)], x.shape)
+    return b.op("MatMul", [b.op("Mul", swap(b, act, up)), b.weight(hidden, inner)], x.shape)
 
 
 def feed_forward(b: Builder, x: Value | None = None) -> Value:
@@ -167,7 +168,7 @@ def residual(b: Builder, x: Value, y: Value) -> Value:
         b.node(op, inputs, names, domain="com.microsoft", epsilon=1e-5)
         b.values[:] = [value for value in b.values if value.name]
         return b.op("Add", [made, sum_])
-    total = b.op("Add", _swap(b, x, y), x.shape)
+    total = b.op("Add", swap(b, x, y), x.shape)
     return normalization(b, total) if b.chance(0.6) else total
 
 
@@ -185,7 +186,7 @@ def quantized_linear(b: Builder) -> Value:
     zeros = b.constant(np.zeros(scales.shape, np.int8))
     w = b.op("DequantizeLinear", [codes, scales, zeros], (inner, out), "float32", **({"axis": 1} if columns else {}))
     y = b.op("MatMul", [a, w], (*x.shape[:-1], out))
-    return b.op("Add", _swap(b, y, b.weight(out, scale=0.5)), y.shape) if b.chance(0.7) else y
+    return b.op("Add", swap(b, y, b.weight(out, scale=0.5)), y.shape) if b.chance(0.7) else y
 
 
 def mlp(b: Builder) -> Value:

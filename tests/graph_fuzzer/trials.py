@@ -39,6 +39,7 @@ _FORMS: list[Literal["auto", "Attention", "MultiHeadAttention"]] = ["auto", "Att
 _MULTIPLY: list[Literal["never", "where-it-pays"]] = ["never", "where-it-pays"]
 _MACHINES = {"cuda": (1e12, 1e11, 5e-6)}
 _LOOSE = Budget("relative_error", 100.0)
+_KINDS = [("ffn", "heads", "channels"), ("ffn", "heads", "channels"), ("ffn",), ("heads",), ("channels",)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +131,77 @@ TRIALS: list[Trial] = [
     ),
     Trial("chain-variadic", _plain("chain-variadic"), every=8),
 ]
+
+
+def _width(random: Random) -> PruneWidth:
+    return PruneWidth(
+        ratio=random.choice([0.1, 0.3, 0.5, 0.8]),
+        bytes_target=random.choice([None, None, None, 0.8]),
+        what=random.choice(_KINDS),
+        method=random.choice(["obs", "magnitude", "activation"]),
+        refit=random.random() < 0.5,
+        multiple=random.choice([1, 4, 16]),
+    )
+
+
+def _depth(random: Random) -> PruneDepth:
+    return PruneDepth(
+        layers=random.choice([None, 1, 1, 2]),
+        ratio=random.choice([1 / 6, 0.4]),
+        method=random.choice(["influence", "greedy", "replace"]),
+        what=random.choice(["blocks", "blocks", "attention", "ffn"]),
+    )
+
+
+def _sparse(random: Random) -> PruneSparse:
+    fixed = random.choice(["sparsity", "sparsity", "sparsity", "pattern", "threshold"])
+    return PruneSparse(
+        sparsity=random.choice([0.3, 0.5, 0.9]),
+        threshold=0.05 if fixed == "threshold" else None,
+        method=random.choice(["magnitude", "wanda", "sparsegpt", "admm"]),
+        pattern=random.choice(["2:4", "1:4"]) if fixed == "pattern" else None,
+        refit=random.random() < 0.5,
+        allocation=random.choice(["uniform", "global", "sensitivity"]) if fixed == "sparsity" else "uniform",
+        add_bias=random.random() < 0.3,
+        target=random.choice([0.0, 0.75, 1.0]),
+    )
+
+
+def _adaptive(random: Random) -> PruneAdaptive:
+    return PruneAdaptive(
+        bytes=random.choice([0.6, 0.8, 0.95]),
+        quality=random.choice([None, None, Budget("relative_error", random.choice([0.1, 1.0]), held_out=0.3)]),
+        what=random.choice(_KINDS),
+        multiple=random.choice([1, 4]),
+    )
+
+
+def _faster(random: Random) -> PruneAdaptive:
+    return PruneAdaptive(speedup=random.choice([1.02, 1.05, 1.1]), multiple=random.choice([1, 4]))
+
+
+def _distill(random: Random) -> Distill:
+    return Distill(steps=random.choice([3, 10]), hidden=1.0, held_out=0.2, lr=random.choice([1e-3, 1e-2]))
+
+
+_FUSED = ("fuse-normalization", "fuse-attention", "fuse-skip-normalization")
+_CHEAP = ("quantize-weights", "quantize-dynamic", "quantize-static", "convert-float16", "smooth-quant", "clip-outliers")
+
+BLOCK_TRIALS: list[Trial] = [
+    *(dataclasses.replace(t, every=3 * t.every) for t in TRIALS if t.every == 1 or t.name in _CHEAP),
+    Trial("prune-width", _width),
+    Trial("prune-width", _width, _FUSED),
+    Trial("prune-width", _width, ("prune-depth",), every=2),
+    Trial("prune-depth", _depth),
+    Trial("prune-depth", _depth, _FUSED),
+    Trial("prune-depth", _depth, ("prune-width",), every=2),
+    Trial("prune-sparse", _sparse),
+    Trial("prune-adaptive", _adaptive, every=2, again=False),
+    Trial("prune-adaptive", _adaptive, _FUSED, every=2, again=False),
+    Trial("prune-adaptive", _faster, every=40, again=False),
+    Trial("distill", _distill, ("prune-sparse",), every=5, again=False),
+    Trial("distill", _distill, ("prune-width",), every=5, again=False),
+    Trial("distill", _distill, ("prune-depth",), every=10, again=False),
+    Trial("distill", _distill, ("quantize-static",), every=10, again=False),
+]
+"""For graphs of repeated blocks (``repeated.py``), on which these have something to do."""
