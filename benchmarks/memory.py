@@ -1,28 +1,34 @@
 """Memory plans: hard offset instances, real graphs, what ONNX Runtime really needs, planning time.
 
-    python benchmarks/memory.py [--only offsets|graphs|ort|growth|prefix] [--instances FOLDER]
+    python benchmarks/memory.py [--only offsets|graphs|ort|names|kernels|speed|growth|prefix] [--instances FOLDER]
 
-Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size and ORT's own way
-(best fit in order of start). Graphs: bound of the order found / of the given order
-(that of torch's exporter: the order in which the module runs), whether a complete search or a bound of every order
-proves it the best, arena / bound, onnxsim's arena for the given order. ORT: measured peak
-of a run with the plan / without, each in a process of its own. Growth: seconds for chains with branches of 1k to 10k
-nodes. Prefix: time to the first token of a prompt of 1000 tokens whose first 900 were seen before / without, on the
-135M Llama (random weights).
+Offsets: the MiniMalloc instances (id, lower, upper, size; capacity 1,048,576) against greedy by size, ORT's own way
+(best fit in order of start) and ExecuTorch's planner. Graphs: bound of the order found / of the given order (that of
+torch's exporter: the order in which the module runs), whether a complete search or a bound of every order proves it the
+best, arena / bound, ExecuTorch's planner for the same lifetimes, onnxsim's arena for the given order. ORT: measured
+peak of a run with the plan / without, each in a process of its own; the least that any order of the graph after ORT's
+fusions needs; what a session with its arena holds between runs.
+Names: measured peaks with other names for symbolic dims. Kernels: which of ORT's write over an input. Speed: ORT with
+buffers freed at once / as it runs by itself. Growth: seconds for chains with branches of 1k to 10k nodes. Prefix: time
+to the first token of a prompt of 1000 tokens whose first 900 were seen before / without, on the 135M Llama (random
+weights).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import write_result
+from memory_ort import BRANCHY, OTHERS, exported, kernels, measured, names, speed
 from peers import python_of
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +36,6 @@ from rich.table import Table
 import onnxlathe as lathe
 from onnxlathe.compiler.load import infer_shapes
 from onnxlathe.compiler.memory_plan import MemoryPlan, read_plans
-from onnxlathe.models import zoo
 from onnxlathe.models.decoder import decoder
 from onnxlathe.passes.memory.lifetimes import Sizes, flow_of
 from onnxlathe.passes.memory.offsets import lower_bound, place_greedily, plan_offsets
@@ -42,15 +47,15 @@ from onnxlathe.runtime.feeds import make_feeds
 from onnxlathe.runtime.memory_stats import measure_memory
 
 CAPACITY = 1_048_576
+Lifetimes = list[tuple[int, int, int]]  # start, end, bytes
 _FOLDERS = [parent / "shared" / "data" / "minimalloc" for parent in Path(__file__).parents]
 HARD = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
-BRANCHY = ("inception", "densenet", "nas-cells", "unet")
-OTHERS = ("mobilenet", "convnet")
 
 
 def offsets(folder: Path) -> dict[str, Any]:
     """Every instance: peak / bound of the baselines and ours, seconds, whether it fits the capacity."""
     rows: dict[str, Any] = {}
+    instances: list[Lifetimes] = []
     for path in sorted(folder.glob("*.csv")):
         table = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64)
         start, end, size = table[:, 1], table[:, 2], table[:, 3]
@@ -69,15 +74,19 @@ def offsets(folder: Path) -> dict[str, Any]:
             "fits": found.peak <= CAPACITY,
             "seconds": time.monotonic() - begin,
         }
+        instances.append(list(zip(start.tolist(), end.tolist(), size.tolist(), strict=True)))
         print(path.stem, rows[path.stem], flush=True)
+    for row, (arena, bound) in zip(rows.values(), _executorch(instances), strict=True):
+        row["executorch greedy"] = arena / bound
     return rows
 
 
 def graphs() -> dict[str, Any]:
     """Every graph: the order found against the given one, what no order can do without, and the arena."""
     rows: dict[str, Any] = {}
+    instances: list[Lifetimes] = []
     for name in (*BRANCHY, *OTHERS):
-        model = _exported(name)
+        model = exported(name)
         begin = time.monotonic()
         out = lathe.compile(model, [PlanMemory(measure=False)], verify=False, progress=False)
         (plan,) = read_plans(out.model.metadata_props)
@@ -99,8 +108,21 @@ def graphs() -> dict[str, Any]:
             "onnxsim arena / ours": _onnxsim(model) / plan.peak,
             "seconds": seconds,
         }
+        instances.append([(buffer.start, buffer.end, buffer.size) for buffer in plan.buffers])
         print(name, rows[name], flush=True)
+    for row, (arena, bound) in zip(rows.values(), _executorch(instances), strict=True):
+        row["executorch greedy / bound"] = arena / bound
     return rows
+
+
+def _executorch(instances: Sequence[Lifetimes]) -> list[tuple[float, int]]:
+    """Bytes of the arena that ExecuTorch's greedy planner makes, not a number where it is not installed; the bound."""
+    bounds = [lower_bound(*np.array(lifetimes).T) for lifetimes in instances]
+    if not python_of("executorch").exists():
+        return [(math.nan, bound) for bound in bounds]
+    command = [python_of("executorch"), Path(__file__).parent / "executorch_arena.py"]
+    done = subprocess.run(command, input=json.dumps(instances), capture_output=True, text=True, check=True)
+    return list(zip(json.loads(done.stdout.splitlines()[-1]), bounds, strict=True))
 
 
 def _greedy(plan: MemoryPlan) -> dict[str, float]:
@@ -124,20 +146,6 @@ def _onnxsim(model: Any) -> float:
         path = save(model, Path(folder) / "model.onnx")
         done = subprocess.run([python_of("onnxsim"), "-c", code, path], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
-
-
-def measured() -> dict[str, Any]:
-    """Measured peak of ORT with what the pass chose / without, for every graph."""
-    rows: dict[str, Any] = {}
-    for name in (*BRANCHY, *OTHERS):
-        for layout in (True, False):
-            step = PlanMemory(layout=layout)
-            out = lathe.compile(_exported(name), [step], verify=False, progress=False)
-            notes = out.report.passes[0].notes
-            label = name if layout else f"{name}, layout=False"
-            rows[label] = {"chosen": out.ort_config, "notes": notes}
-            print(label, *notes, flush=True)
-    return rows
 
 
 def growth() -> dict[str, Any]:
@@ -188,20 +196,6 @@ def prefix() -> dict[str, Any]:
     return rows
 
 
-def _exported(name: str) -> Any:
-    entry = zoo.build(name)
-    model = lathe.export(entry.module, _larger(entry.args))
-    infer_shapes(model)
-    return model
-
-
-def _larger(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Images of 192 pixels, so that activations are well above the noise of the measurement."""
-    import torch
-
-    return tuple(torch.zeros(1, 3, 192, 192) if argument.ndim == 4 else argument for argument in args)
-
-
 def show(results: dict[str, dict[str, Any]]) -> None:
     """One table a part."""
     console = Console(width=140)
@@ -214,7 +208,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
             table.add_row(name, *cells)
         console.print(table)
-        for column in ("greedy by size", "best fit as ORT", "ours"):
+        for column in ("greedy by size", "best fit as ORT", "executorch greedy", "ours"):
             if column in columns:
                 mean = math.exp(sum(math.log(row[column]) for row in rows.values()) / len(rows))
                 console.print(f"{column}: peak / bound, geometric mean {mean:.3f}")
@@ -223,20 +217,24 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     """Measures, prints, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "growth", "prefix"))
+    parser.add_argument("--only", choices=("offsets", "graphs", "ort", "names", "kernels", "speed", "growth", "prefix"))
     parser.add_argument("--instances", type=Path, default=HARD)
     arguments = parser.parse_args()
     parts = {
         "offsets": lambda: offsets(arguments.instances),
         "graphs": graphs,
         "ort": measured,
+        "names": names,
+        "kernels": kernels,
+        "speed": speed,
         "growth": growth,
         "prefix": prefix,
     }
     wanted = [arguments.only] if arguments.only else list(parts)
     results = {name: parts[name]() for name in wanted}
     show({name: rows for name, rows in results.items() if rows})
-    peers = {"onnxsim"} if "graphs" in wanted and python_of("onnxsim").exists() else set[str]()
+    used = {"offsets": {"executorch"}, "graphs": {"executorch", "onnxsim"}}
+    peers = {peer for name in wanted for peer in used.get(name, ()) if python_of(peer).exists()}
     write_result("memory" if not arguments.only else f"memory_{arguments.only}", 1, results, peers)
 
 

@@ -40,6 +40,7 @@ VENVS = {
         "transformers",
         "psutil",
     ],
+    "executorch": ["executorch==1.5.1", "torch==2.13.0"],
     "nncf": [f"onnxruntime=={onnxruntime.__version__}", "nncf", "openvino", "onnx", "numpy"],
 }
 

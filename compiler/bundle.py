@@ -156,6 +156,7 @@ def session_json(ort_config: Mapping[str, Any]) -> dict[str, Any]:
         "graph_optimization_level": "ORT_DISABLE_ALL" if level == "disable" else f"ORT_ENABLE_{level.upper()}",
         "execution_order": order,
         "enable_mem_pattern": ort_config.get("memory_pattern", True),
+        "enable_mem_reuse": ort_config.get("memory_reuse", True),
         "enable_cpu_mem_arena": ort_config.get("memory_arena", True),
         "config_entries": dict(ort_config.get("config_entries", {})),
     }

@@ -21,6 +21,7 @@ from .fusion.split_skip_normalization import SplitSkipNormalization
 from .low_bit.few_level_weights import FewLevelWeights
 from .low_bit.mixed_precision import MixedPrecision
 from .low_bit.quantize_weights import QuantizeWeights
+from .memory.chain_variadic import ChainVariadic
 from .memory.plan_memory import PlanMemory
 from .memory.tile_patches import TilePatches
 from .partition.partition_devices import PartitionDevices
@@ -49,6 +50,7 @@ PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
         AdaRound,
+        ChainVariadic,
         Cleanup,
         ClipOutliers,
         ConvertFloat16,

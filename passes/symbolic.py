@@ -10,7 +10,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..compiler.graph import attribute, integers, subgraphs
-from .symbolic_dims import CONTENT_RULES, ONE, Dim, Dims, divide, multiply, number
+from .symbolic_dims import CONTENT_RULES, ONE, Dim, Dims, divide, multiply, number, own_symbol
 
 _SAME = """Abs BiasGelu Cast Clip Dropout Elu Erf Exp FastGelu Gelu HardSigmoid HardSwish Identity IsNaN
     LayerNormalization LeakyRelu Log LpNormalization Neg Not QuickGelu RMSNormalization Relu Round Sigmoid Sign
@@ -56,7 +56,7 @@ class SymbolicShapes:
         if value.shape is None:
             return None
         return tuple(
-            number(dim) if isinstance(dim, int) else (1, (dim.value or f"{value.name}@{axis}",))
+            number(dim) if isinstance(dim, int) else (1, (dim.value or own_symbol(value, axis),))
             for axis, dim in enumerate(value.shape)
         )
 
@@ -118,7 +118,7 @@ def _broadcast(shapes: SymbolicShapes, node: ir.Node) -> Dims | None:
         elif len(numbers) == 1:
             result.append(next(iter(numbers)))
         else:
-            result.append((1, (f"{node.outputs[0].name}@{axis}",)))
+            result.append((1, (own_symbol(node.outputs[0], axis),)))
     return tuple(result)
 
 

@@ -23,6 +23,16 @@ def number(value: int) -> Dim:
     return (value, ())
 
 
+def own_symbol(value: ir.Value, axis: int) -> str:
+    """The symbol of a dim that nothing is known about."""
+    return f"{value.name}@{axis}"
+
+
+def is_own_symbol(symbol: str) -> bool:
+    """Whether ``symbol`` stands for a dim that nothing is known about, and so is no name that a caller can give."""
+    return "@" in symbol
+
+
 def multiply(dims: Sequence[Dim]) -> Dim:
     """The product of ``dims``."""
     coefficient, symbols = 1, list[str]()

@@ -45,7 +45,8 @@ def session_options(
             weights stay on disk.
         ort_config: what the artifact asks for: ``{"config_entries": {key: value}}`` and/or
             ``{"graph_optimization_level": "disable|basic|extended|all"}``, ``{"execution_order": "default|priority"}``
-            (priority: nodes run in the order of the file), ``{"memory_pattern": bool}``, ``{"memory_arena": bool}``.
+            (priority: nodes run in the order of the file), ``{"memory_pattern": bool}``, ``{"memory_arena": bool}``,
+            ``{"memory_reuse": bool}`` (a dead buffer kept for a later value of its shape; not: freed at once).
     """
     config: Mapping[str, Any] = ort_config or {}
     options = ort.SessionOptions()
@@ -61,6 +62,7 @@ def session_options(
     if config.get("execution_order", "default") == "priority":
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.enable_mem_pattern = config.get("memory_pattern", True)
+    options.enable_mem_reuse = config.get("memory_reuse", True)
     options.enable_cpu_mem_arena = config.get("memory_arena", True)
     if not repack:
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -199,15 +199,16 @@ def test_session_options_travel(python: Path, small_model: ir.Model, tmp_path: P
         "graph_optimization_level": "disable",
         "execution_order": "priority",
         "memory_arena": False,
+        "memory_reuse": False,
         "config_entries": {"session.intra_op.allow_spinning": "0"},
     }
     folder = plain_bundle(small_model, tmp_path / "m.onnx", ort_config=config)
     assert json.loads((folder / "session.json").read_text()) == session_json(config)
     code = "import sys; sys.path.insert(0, sys.argv[1]); from run import open_session; o = open_session(1)"
     code += ".get_session_options(); print(o.graph_optimization_level, o.execution_order, o.enable_cpu_mem_arena, "
-    code += "o.enable_mem_pattern, o.get_session_config_entry('session.intra_op.allow_spinning'))"
+    code += "o.enable_mem_pattern, o.enable_mem_reuse, o.get_session_config_entry('session.intra_op.allow_spinning'))"
     said = subprocess.run([python, "-c", code, folder], capture_output=True, text=True, cwd="/").stdout
-    wanted = ["GraphOptimizationLevel.ORT_DISABLE_ALL", "ExecutionOrder.PRIORITY_BASED", "False", "True", "0"]
+    wanted = ["GraphOptimizationLevel.ORT_DISABLE_ALL", "ExecutionOrder.PRIORITY_BASED", "False", "True", "False", "0"]
     assert said.split() == wanted
 
 

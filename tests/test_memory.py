@@ -87,11 +87,17 @@ def test_sessions_share_weights(tmp_path: Path) -> None:
 
 def test_arena_options() -> None:
     options = session_options(
-        ort_config={"memory_pattern": False, "memory_arena": False, "execution_order": "priority"}
+        ort_config={
+            "memory_pattern": False,
+            "memory_reuse": False,
+            "memory_arena": False,
+            "execution_order": "priority",
+        }
     )
-    assert not options.enable_mem_pattern and not options.enable_cpu_mem_arena
+    assert not options.enable_mem_pattern and not options.enable_mem_reuse and not options.enable_cpu_mem_arena
     assert str(options.execution_order).endswith("PRIORITY_BASED")
-    assert session_options().enable_mem_pattern and session_options().enable_cpu_mem_arena
+    plain = session_options()
+    assert plain.enable_mem_pattern and plain.enable_mem_reuse and plain.enable_cpu_mem_arena
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back themselves")

@@ -178,6 +178,26 @@ def test_sizes_of_dims_are_asked_for_by_name() -> None:
     assert evaluate("past + 2*new", {"past": 3, "new": 4}) == 11 and evaluate("past + x", {"past": 3}) is None
 
 
+def test_dims_that_are_expressions() -> None:
+    """As exporters write them: a table of 512 positions that is cut to the length of the text."""
+    head = '<ir_version: 10, opset_import: ["" : 20]> g (float[512] table, int64[1] end, float[batch, length] x) => '
+    body = "zero = Constant<value_ints = [0]>() a = Slice(table, zero, end) b = Neg(a) y = Softmax(x)"
+    model = build(body, "float[batch, length] y", head)
+    for node in list(model.graph)[-3:-1]:
+        node.outputs[0].shape = ir.Shape(["Min(512, length)"])
+    with pytest.raises(PlanError, match=r"no size was given for length, batch\."):
+        plan_model(model, [{}])
+    with pytest.raises(PlanError, match=r"no size was given for length\."):
+        plan_model(model, [{"batch": 1}])
+    short, long = plan_model(model, [{"batch": 1, "length": 16}, {"batch": 1, "length": 1024}])
+    assert [buffer.size for buffer in short.buffers] == [64, 64]
+    assert [buffer.size for buffer in long.buffers] == [2048, 4096]
+    sizes = {"s": 7, "encoder seq": 3}
+    for text, size in {"(s - 1)//2 + 1": 4, "Max(1, s - 9)": 1, "s**2 + Mod(s, 2)": 50, "encoder seq": 3}.items():
+        assert evaluate(text, sizes) == size
+    assert evaluate("s/2", sizes) is evaluate("x@0", sizes) is evaluate("ceil(s)", sizes) is None
+
+
 def test_sizes_that_depend_on_the_data_are_refused() -> None:
     model = build("a = NonZero(x) b = Cast<to=1>(a) y = Softmax(b)", "float[2, n] y")
     with pytest.raises(PlanError):

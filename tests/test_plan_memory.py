@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -59,21 +60,52 @@ def test_onnxruntime_runs_the_planned_order_in_less_memory() -> None:
     before, after = measure_memory(wide(), feeds, {}), measure_memory(out.model, feeds, out.ort_config)
     assert after.order == tuple(node.name for node in out.model.graph)
     assert after.peak < 0.8 * before.peak
+    (plan,) = read_plans(out.model.metadata_props)
+    assert after.peak == pytest.approx(plan.bound, rel=0.05), "every buffer is freed after its last reader"
     assert any("measured peak" in note for note in out.report.passes[0].notes)
 
 
 @pytest.mark.skipif(not can_measure(), reason="memory is measured on Linux only")
-def test_what_does_not_lower_the_measured_peak_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_session_holds_between_runs() -> None:
+    """The arena keeps what the runs needed, if there is one."""
+    feeds = make_feeds(wide(), 0, 1)[0]
+    with_arena = measure_memory(wide(), feeds, {"memory_pattern": False})
+    without = measure_memory(wide(), feeds, {"memory_pattern": False, "memory_arena": False})
+    assert with_arena.held > 0.9 * with_arena.peak > 10 * without.held
+    assert with_arena.peak == pytest.approx(without.peak, rel=0.05), "the peak is measured without the arena"
+
+
+FREED = {"memory_pattern": False, "memory_reuse": False}
+PRIORITY = {"execution_order": "priority"}
+PLAIN = {"config_entries": {"optimization.disable_specified_optimizers": "NchwcTransformer"}}
+
+
+@pytest.mark.skipif(not can_measure(), reason="memory is measured on Linux only")
+@pytest.mark.parametrize(
+    ("planned", "config"),
+    [
+        (False, {}),
+        *[(planned, FREED | more) for planned in (False, True) for more in ({}, PRIORITY, PLAIN, PLAIN | PRIORITY)],
+    ],
+)
+def test_what_needs_the_least_is_taken(planned: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing at all where nothing needs less than the model as it was."""
     from onnxlathe.passes.memory import plan_memory
     from onnxlathe.runtime.memory_stats import MemoryUse
 
-    monkeypatch.setattr(plan_memory, "measure_memory", lambda *_: MemoryUse(1000, ()))
     model = wide()
     infer_shapes(model)
-    order = [node.name for node in model.graph]
-    outcome = PlanMemory()(model, PassContext())
-    assert [node.name for node in model.graph] == order and not outcome.ort_config
-    assert any("stay as they were" in note for note in outcome.notes)
+    given = [node.name for node in model.graph]
+
+    def measure(graph: ir.Model, _: object, asked: dict[str, Any]) -> MemoryUse:
+        best = asked == config and ([node.name for node in graph.graph] != given) == planned
+        return MemoryUse(900 if best else 1000, (), 0)
+
+    monkeypatch.setattr(plan_memory, "measure_memory", measure)
+    outcome = PlanMemory(layout=False)(model, PassContext())
+    assert ([node.name for node in model.graph] != given) == planned == bool(outcome.counts["graphs reordered"])
+    assert outcome.ort_config == config
+    assert any("stay as they were" in note for note in outcome.notes) == (not config)
 
 
 def test_session_options_travel_in_the_artifact(tmp_path) -> None:  # type: ignore[no-untyped-def]

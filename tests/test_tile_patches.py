@@ -54,7 +54,7 @@ FRONTS = {
 @pytest.mark.parametrize("name", list(FRONTS))
 def test_every_kind_of_front_gives_the_same(name: str) -> None:
     model = build(FRONTS[name] + TAIL, outputs=OUT)
-    after, outcome = rewrite(TilePatches(), model, nested=False)
+    after, outcome = rewrite(TilePatches(), model)
     assert outcome.counts["strips"] > 1
     assert bound(after) < bound(model)
     assert ops(after)["Conv"] > ops(model)["Conv"]
@@ -82,21 +82,45 @@ def test_the_front_of_a_mobilenet_needs_a_quarter() -> None:
 def test_a_budget_takes_the_fewest_strips_that_keep_it() -> None:
     model = build(FRONTS["chain"] + TAIL, outputs=OUT)
     budget = int(0.7 * bound(model))
-    after, outcome = rewrite(TilePatches(peak_bytes=budget), model, nested=False)
-    smallest, most = rewrite(TilePatches(), model, nested=False)
+    after, outcome = rewrite(TilePatches(peak_bytes=budget), model)
+    smallest, most = rewrite(TilePatches(), model)
     assert bound(smallest) < bound(after) <= budget
     assert outcome.counts["strips"] < most.counts["strips"]
-    refused(TilePatches(peak_bytes=100), model, "the best strips still need", nested=False)
+    refused(TilePatches(peak_bytes=100), model, "the best strips still need")
     assert not TilePatches(peak_bytes=bound(model))(model.clone(), lathe.PassContext()).changed
 
 
 def test_near_misses() -> None:
     front = FRONTS["chain"]
-    refused(TilePatches(), build(front + TAIL, opset=11, outputs=OUT), "upgrade-opset", nested=False)
+    refused(TilePatches(), build(front + TAIL, opset=11, outputs=OUT), "upgrade-opset")
     other = "z = GlobalAveragePool(a) "  # reads what would no longer be there as a whole
-    refused(TilePatches(), build(front + other + TAIL, outputs=OUT + ", float[1, 16, 1, 1] z"), nested=False)
+    refused(TilePatches(), build(front + other + TAIL, outputs=OUT + ", float[1, 16, 1, 1] z"))
     late = 'a = Conv<auto_pad="SAME_UPPER">(x, w) e = Softmax(a) '
-    refused(TilePatches(), build(late + TAIL, outputs=OUT), nested=False)
+    refused(TilePatches(), build(late + TAIL, outputs=OUT))
+
+
+def test_a_front_in_the_body_of_a_loop() -> None:
+    """A body is an arena of its own; its weights and its image may be values of the graph around it."""
+    body = FRONTS["chain"].replace("(x, w)", "(seen, w)") + "m = GlobalAveragePool(e) s = ReduceSum<keepdims=0>(m) "
+    body += "k = Identity(go) t = Add(sum, s)"
+    model = build(
+        f"""seen = Sigmoid(x) zero = Constant<value_float = 0.0>() start = Constant<value_float = 0.0>()
+        trips = Constant<value_int = 3>() go0 = Constant<value_int = 1>() go1 = Cast<to=9>(go0)
+        y = Loop(trips, go1, start)
+            <body = b (int64 i, bool go, float sum) => (bool k, float t) {{ {body} }}>""",
+        outputs="float y",
+    )
+    after, outcome = rewrite(TilePatches(), model, nested=False)
+    assert outcome.counts["strips"] > 1 and ops(after)["Conv"] > ops(model)["Conv"]
+    infer_shapes(model)
+    (_, before), (_, now) = (plan_model(item, [{}]) for item in (model, after))
+    assert now.bound < before.bound
+
+
+def test_sizes_that_are_not_known_are_refused_by_name() -> None:
+    late = "f = NonZero(x) h = Cast<to=1>(f) m = GlobalAveragePool(e) y = Flatten(m) "
+    outcome = refused(TilePatches(), build(FRONTS["chain"] + late, outputs=OUT + ", float[4, n] h"), nested=False)
+    assert outcome.refusals
 
 
 def test_strips_are_not_cut_again() -> None:

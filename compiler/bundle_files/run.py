@@ -16,6 +16,7 @@ def open_session(threads=0):
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, wanted["graph_optimization_level"])
     options.execution_order = getattr(ort.ExecutionOrder, wanted["execution_order"])
     options.enable_mem_pattern = wanted["enable_mem_pattern"]
+    options.enable_mem_reuse = wanted["enable_mem_reuse"]
     options.enable_cpu_mem_arena = wanted["enable_cpu_mem_arena"]
     for key, value in wanted["config_entries"].items():
         options.add_session_config_entry(key, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 from collections import defaultdict
@@ -14,6 +13,7 @@ from ...compiler.memory_plan import PlannedBuffer
 from ...runtime.divided.parts import reads
 from ...runtime.errors import PlanError
 from ..symbolic import SymbolicShapes
+from ..symbolic_dims import is_own_symbol
 
 ALIGNMENT = 64  # bytes; ORT's CPU allocator aligns to the same
 # Only the shape differs: the output is the input's memory.
@@ -53,7 +53,6 @@ _IN_PLACE = frozenset(
         "ThresholdedRelu",
     ]
 )
-_OPERATIONS = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__, ast.FloorDiv: int.__floordiv__}
 
 
 @dataclasses.dataclass
@@ -109,10 +108,14 @@ class Sizes:
     def __init__(self, model: ir.Model, bindings: Mapping[str, int]) -> None:
         self._shapes = SymbolicShapes(model)
         self._bindings = bindings
+        self._sizes: dict[str, int | None] = {}
+        self.missing: dict[str, None] = {}  # a set that keeps the order
         self.unknown: dict[str, str] = {}
 
     def bytes_of(self, value: ir.Value) -> int:
-        """Bytes of ``value``; 0 where they are not known, which ``unknown`` then says (dim or value -> why)."""
+        """Bytes of ``value``; 0 where they are not known: then ``missing`` names the dims to bind, and ``unknown`` the
+        dims and values that no binding makes known, with the reason.
+        """
         dims = self._shapes.dims(value)
         if dims is None or value.dtype is None:
             self.unknown[value.name or ""] = "its shape or type is not known"
@@ -125,32 +128,35 @@ class Sizes:
         return math.ceil(elements * value.dtype.bitwidth / 8)
 
     def _bound(self, symbol: str) -> int:
-        size = evaluate(symbol, self._bindings)
-        if size is None:
-            self.unknown[symbol] = "no size was given for it"
-            return 0
-        return size
+        if symbol not in self._sizes:
+            self._sizes[symbol] = evaluate(symbol, self._bindings)
+        size = self._sizes[symbol]
+        if size is not None:
+            return size
+        names = _missing(symbol, self._bindings)
+        self.missing |= dict.fromkeys(names)
+        if not names:
+            self.unknown[symbol] = "no size follows from the inputs"
+        return 0
 
 
 def evaluate(symbol: str, bindings: Mapping[str, int]) -> int | None:
-    """The size of a symbolic dim: bound by name, or a sum, difference, product or quotient of bound names."""
+    """The size of a symbolic dim: bound by name, or an expression of such names (``Min(512, past + new)``)."""
     if symbol in bindings:
         return bindings[symbol]
     try:
-        return _value(ast.parse(symbol, mode="eval").body, bindings)
-    except (SyntaxError, KeyError, ZeroDivisionError):
+        size = ir.SymbolicDim(symbol).evaluate(bindings)
+    except ValueError:  # a name of its own, no expression
         return None
+    return size if isinstance(size, int) else None
 
 
-def _value(tree: ast.expr, bindings: Mapping[str, int]) -> int:
-    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
-        return tree.value
-    if isinstance(tree, ast.Name):
-        return bindings[tree.id]
-    if isinstance(tree, ast.BinOp):
-        operation = _OPERATIONS[type(tree.op)]  # pyright: ignore[reportArgumentType]
-        return operation(_value(tree.left, bindings), _value(tree.right, bindings))
-    raise KeyError(ast.dump(tree))
+def _missing(symbol: str, bindings: Mapping[str, int]) -> list[str]:
+    """The names to bind so that ``symbol`` has a size; none where it is the size of something computed."""
+    try:
+        return sorted(set(ir.SymbolicDim(symbol).free_symbols()) - set(bindings))
+    except ValueError:
+        return [] if is_own_symbol(symbol) else [symbol]
 
 
 def flow_of(graph: ir.Graph, sizes: Sizes) -> Flow:
@@ -197,19 +203,17 @@ def _is_view(source: ir.Value | None, output: ir.Value, home: Mapping[ir.Value, 
 
 
 def _require_known(sizes: Sizes) -> None:
-    if not sizes.unknown:
-        return
-    dims = [name for name, why in sizes.unknown.items() if why.startswith("no size") and name.isidentifier()]
-    if dims:
+    if sizes.missing:
         raise PlanError(
-            f"The memory cannot be planned: no size was given for {', '.join(dims)}.",
-            f"Give bindings={{{', '.join(f'{name!r}: 1' for name in dims)}}} with the sizes you run.",
+            f"The memory cannot be planned: no size was given for {', '.join(sizes.missing)}.",
+            f"Give bindings={{{', '.join(f'{name!r}: 1' for name in sizes.missing)}}} with the sizes you run.",
         )
-    name, why = next(iter(sizes.unknown.items()))
-    raise PlanError(
-        f"The memory cannot be planned: the size of {name!r} depends on the data ({why}).",
-        "Plan a model whose shapes follow from its inputs, or fix that dim.",
-    )
+    if sizes.unknown:
+        name, why = next(iter(sizes.unknown.items()))
+        raise PlanError(
+            f"The memory cannot be planned: the size of {name!r} depends on the data ({why}).",
+            "Plan a model whose shapes follow from its inputs, or fix that dim.",
+        )
 
 
 def buffers_in_order(flow: Flow, order: Sequence[int]) -> list[PlannedBuffer]:

@@ -24,7 +24,9 @@ from .order_search import best_order
 Bindings = Mapping[str, int]
 _NOISE = 0.02  # of the memory measured before
 _PRIORITY: dict[str, Any] = {"execution_order": "priority"}
-_NO_PATTERN: dict[str, Any] = {"memory_pattern": False}
+# Every buffer is freed after its last reader. By default a dead one waits for a later value of its shape, and one block
+# for everything is laid out as the first run went: both hold more than is alive.
+_FREED: dict[str, Any] = {"memory_pattern": False, "memory_reuse": False}
 _NO_LAYOUT: dict[str, Any] = {
     "config_entries": {"optimization.disable_specified_optimizers": "NchwcTransformer"},
 }
@@ -35,10 +37,11 @@ class PlanMemory(Pass):
     """Orders nodes for the least memory, and plans offsets in one arena.
 
     1. The order of the nodes of each graph becomes the best that ``order_search`` finds; never one that needs more.
-       ONNX Runtime is asked to keep it (``execution_order``), and with ``measure`` the order and the session options
-       with the lowest measured peak are taken: planned order or given, asked for or as ORT would run that file, with or
-       without its memory pattern. Where nothing is measured to be lower, order and options stay as they were, and the
-       notes say so.
+       ONNX Runtime is asked to keep it (``execution_order``). With ``measure``, what it needs is measured for the
+       planned order and the given one, each as a file it runs in order and as one it orders itself (its fusions and its
+       blocked layout make new nodes, which stand elsewhere), with every buffer freed once nobody needs it
+       (``memory_pattern`` and ``memory_reuse`` off); the least is taken. Where nothing is measured to be lower, order
+       and options stay as they were, and the notes say so.
     2. A ``MemoryPlan`` of each graph (bodies of If and Loop are arenas of their own) and each set of sizes goes into
        the model's metadata (``onnxlathe.memory_plan``); ``onnxlathe inspect --memory`` shows it, ``c_header`` exports
        it. ORT cannot load offsets: it plans its own; they are for runtimes with a static arena.
@@ -105,19 +108,13 @@ class PlanMemory(Pass):
                 if id(graph) in moved:
                     reorder(twin, moved[id(graph)])
         tries: list[tuple[str, ir.Model, dict[str, Any]]] = [("as it was", model, {})]
-        tries.append(("no memory pattern", model, _NO_PATTERN))
-        for variant, graph in (("planned order", planned), ("given order", model)):
+        for order, graph in (("given order", model), ("planned order", planned)):
             if graph is None:
                 continue
-            if graph is planned:  # fusions and the blocked layout can undo an order that is asked for, and follow this
-                tries.append((f"{variant}, run ORT's way", graph, {}))
-                tries.append((f"{variant}, run ORT's way, no memory pattern", graph, _NO_PATTERN))
-            tries.append((variant, graph, _PRIORITY))
-            tries.append((f"{variant}, no memory pattern", graph, {**_PRIORITY, **_NO_PATTERN}))
-            if not self.layout:
-                plain = {**_PRIORITY, **_NO_LAYOUT}
-                tries.append((f"{variant}, plain layout", graph, plain))
-                tries.append((f"{variant}, plain layout, no memory pattern", graph, {**plain, **_NO_PATTERN}))
+            layouts = [("", _FREED)] if self.layout else [("", _FREED), (", plain layout", {**_FREED, **_NO_LAYOUT})]
+            for layout, config in layouts:
+                tries.append((f"{order} run ORT's way{layout}", graph, config))
+                tries.append((f"{order}{layout}", graph, {**config, **_PRIORITY}))
         results: dict[str, int] = {}
         for name, graph, config in tries:
             context.progress(f"measuring memory: {name}")

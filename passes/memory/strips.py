@@ -57,8 +57,8 @@ def tile(model: ir.Model, end: ir.Value, count: int, by: str) -> bool:
     results = [strips.run(end, rows * (number + 1) // count) for number in range(count)]
     joined = strips.make("Concat", [value for value in results if value is not None], end, rows, {"axis": 2})
     last = end.producer()
-    assert last is not None
-    graph = model.graph
+    assert last is not None and isinstance(last.graph, ir.Graph)
+    graph = last.graph
     graph.insert_before(last, strips.nodes)
     ir.convenience.replace_all_uses_with(end, joined)
     name = end.name
@@ -69,16 +69,16 @@ def tile(model: ir.Model, end: ir.Value, count: int, by: str) -> bool:
 
 
 def _ancestors(end: ir.Value) -> list[ir.Node]:
-    """The nodes that ``end`` needs, in the order of the graph."""
+    """The nodes of the graph of ``end`` that it needs, in the order of the graph."""
+    graph = end.graph
+    assert graph is not None
     found: set[ir.Node] = set()
     todo = [end]
     while todo:
         node = todo.pop().producer()
-        if node is not None and node not in found:
+        if node is not None and node.graph is graph and node not in found:
             found.add(node)
             todo += [value for value in node.inputs if value is not None]
-    graph = next(iter(found)).graph
-    assert graph is not None
     return [node for node in graph if node in found]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import onnx_ir as ir
 
 from ...compiler.base import Gate, Outcome, Pass, PassContext
 from ...compiler.graph import PASS_KEY, attribute, dims, opset, rank
+from ...runtime.errors import PlanError
 from .lifetimes import Sizes, flow_of
 from .order_bounds import order_bound
 from .strips import WINDOW, rows_of, tile
@@ -44,10 +46,11 @@ class TilePatches(Pass):
        before. Padding is applied at the borders of the image only; the results are the same.
 
     Where the front ends and how many strips there are is chosen by the memory plan of the result: the fewest strips
-    that need at most ``peak_bytes``, or those that need the least.
+    that need at most ``peak_bytes``, or those that need the least. Bodies of If and Loop have arenas of their own, and
+    so fronts of their own.
 
     Refused: dynamic rows or columns, opsets below 13, fronts with nothing to gain, budgets that cannot be reached,
-    graphs that have strips.
+    graphs that have strips, sizes that are not known.
 
     Args:
         peak_bytes: bytes of activations there are; None: as few as possible.
@@ -64,59 +67,77 @@ class TilePatches(Pass):
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        ends = _ends(model.graph)
-        if not ends:
-            return outcome
-        anchor = ends[0].producer()
-        assert anchor is not None
-        if any(node.metadata_props.get(PASS_KEY) == self.name for node in model.graph):
-            outcome.refuse(anchor, _RULE, "it has strips already")
-            return outcome
+        for number, graph in enumerate(list(model.graphs())):
+            ends = _ends(graph)
+            anchor = ends[0].producer() if ends else None
+            if anchor is None:
+                continue
+            try:
+                self._graph(model, number, anchor, [end.name or "" for end in ends], context, outcome)
+            except PlanError as error:  # of one graph; another can be planned all the same
+                outcome.refuse(anchor, _RULE, str(error))
+        return outcome
+
+    def _graph(
+        self, model: ir.Model, number: int, anchor: ir.Node, ends: list[str], context: PassContext, outcome: Outcome
+    ) -> None:
+        """Tiles the front of one graph, the main one or a body, which has an arena of its own."""
         if opset(model) < 13:
             outcome.refuse(anchor, _RULE, "Slice and Concat as needed here have opset 13: run upgrade-opset first")
-            return outcome
-        before = self._bound(model)
+            return
+        graph = _nth(model, number)
+        if any(node.metadata_props.get(PASS_KEY) == self.name for node in graph):
+            outcome.refuse(anchor, _RULE, "it has strips already")
+            return
+        before = self._bound(model, graph)
         budget = self.peak_bytes
         if budget is not None and before <= budget:
             outcome.notes.append(f"the activations need {before} bytes, within the budget of {budget}")
-            return outcome
-        tried = self._try_all(model, [end.name or "" for end in ends], context)
+            return
+        tried = self._try_all(model, number, ends, context)
         fitting = [item for item in tried if budget is not None and item[0] <= budget]
         if budget is not None and not fitting:
             least = min((bound for bound, _, _ in tried), default=before)
             outcome.refuse(anchor, _RULE, f"the budget is {budget} bytes; the best strips still need {least}")
-            return outcome
+            return
         if fitting:
             bound, count, end = min(fitting, key=lambda item: (item[1], item[0]))
         else:
             bound, count, end = min(tried, key=lambda item: (round(item[0] / before * 20), item[1], item[0]))
         if bound >= before:
             outcome.refuse(anchor, _RULE, f"no strips need less than the {before} bytes of the whole")
-            return outcome
-        nodes = len(list(model.graph))
-        tile(model, _value(model.graph, end), count, self.name)
-        outcome.counts["strips"] = count
+            return
+        nodes = len(list(graph))
+        tile(model, _value(graph, end), count, self.name)
+        outcome.counts["strips"] += count
         outcome.notes.append(
             f"{count} strips up to {end}: at least {bound} bytes instead of {before} ({bound / before:.2f} x), "
-            f"0 % more multiplications, {len(list(model.graph)) - nodes} more nodes"
+            f"0 % more multiplications, {len(list(graph)) - nodes} more nodes"
         )
-        return outcome
 
-    def _try_all(self, model: ir.Model, ends: list[str], context: PassContext) -> list[tuple[int, int, str]]:
+    def _try_all(
+        self, model: ir.Model, number: int, ends: list[str], context: PassContext
+    ) -> list[tuple[int, int, str]]:
         """(bound, strips, end of the front) of every choice."""
         tried: list[tuple[int, int, str]] = []
         for end in ends:
             context.progress(f"strips up to {end}")
             for count in _STRIPS:
                 trial = model.clone()
-                if tile(trial, _value(trial.graph, end), count, self.name):
-                    tried.append((self._bound(trial), count, end))
+                graph = _nth(trial, number)
+                if tile(trial, _value(graph, end), count, self.name):
+                    tried.append((self._bound(trial, graph), count, end))
         return tried
 
-    def _bound(self, model: ir.Model) -> int:
-        first = {(dims(value) or [1])[0] for value in model.graph.inputs}
-        flow = flow_of(model.graph, Sizes(model, {dim: self.batch for dim in first if isinstance(dim, str)}))
+    def _bound(self, model: ir.Model, graph: ir.Graph) -> int:
+        first = {(dims(value) or [1])[0] for value in (*model.graph.inputs, *graph.inputs)}
+        flow = flow_of(graph, Sizes(model, {dim: self.batch for dim in first if isinstance(dim, str)}))
         return order_bound(flow, range(len(flow.before)))
+
+
+def _nth(model: ir.Model, number: int) -> ir.Graph:
+    """The same graph in every clone of a model."""
+    return next(itertools.islice(model.graphs(), number, None))
 
 
 def _ends(graph: ir.Graph) -> list[ir.Value]:

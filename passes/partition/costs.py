@@ -83,7 +83,7 @@ class _SeenSizes(Sizes):
     """Bytes of values as a run had them; what did not run, as a branch, counts nothing."""
 
     def __init__(self, profiles: Mapping[str, NodeProfile]) -> None:
-        self.unknown = {}
+        self.missing, self.unknown = {}, {}
         self._profiles = profiles
 
     def bytes_of(self, value: ir.Value) -> int:

@@ -130,6 +130,7 @@ TRIALS: list[Trial] = [
         Trial(f"preset {name}", None, every={"basic": 6, "cpu-fp32": 6, "cpu-fast": 60}.get(name, 20))
         for name in PRESETS
     ),
+    Trial("chain-variadic", _plain("chain-variadic"), every=8),
 ]
 
 
