@@ -43,6 +43,7 @@ from onnxlathe.passes.pruning.obs import activation_scores, least_squares, magni
 from onnxlathe.passes.pruning.prune_width import removed
 from onnxlathe.passes.pruning.statistics import moments_of
 from onnxlathe.runtime.artifact import load, save
+from onnxlathe.runtime.errors import PassError
 from onnxlathe.runtime.inference import open_session, run_session, session_options
 
 Feeds = dict[str, Any]
@@ -106,7 +107,11 @@ def compared(
         yield Row(f"ffn width -{ratio:.0%}, random", weight_bytes(changed) / weight_bytes(model), judge(changed), [])
     for name, step in steps():
         changed = model.clone()
-        outcome: Outcome = step(changed, context)
+        try:
+            outcome: Outcome = step(changed, context)
+        except PassError as error:  # a speed that cannot be had
+            yield Row(name, 1.0, {}, [str(error)])
+            continue
         save(changed, folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.onnx")
         yield Row(name, weight_bytes(changed) / weight_bytes(model), judge(changed), outcome.notes)
     for name, changed in by_peers(model, calibration, folder):
