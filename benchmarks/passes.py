@@ -46,7 +46,7 @@ ELSEWHERE = {
     "partition-stages": "distributed",
     "partition-tensor": "distributed",
     "plan-memory": "memory",
-    "prune-adaptive": "pruning_structured",
+    "prune-adaptive": "distillation_minilm",
     "prune-depth": "pruning_structured",
     "prune-sparse": "pruning_sparse",
     "prune-width": "pruning_structured",
