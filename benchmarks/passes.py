@@ -54,7 +54,6 @@ ELSEWHERE = {
 # Passes that no benchmark measures: what stands in for a figure.
 TESTED = {
     "chain-variadic": "tests/test_chain_variadic.py",
-    "chain-variadic": "tests/test_chain_variadic.py",
     "few-level-weights": "tests/test_few_level_weights.py",
     "fuse-rotary": "tests/test_fuse_rotary.py",
     "partition-devices": "tests/test_partition_devices.py",
