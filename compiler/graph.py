@@ -98,6 +98,11 @@ def constant(value: ir.Value | None, limit: int | None = None) -> Array | None:
     return tensor.numpy()
 
 
+def is_fixed(value: ir.Value | None) -> bool:
+    """Whether ``value`` is an initializer that callers cannot replace; unlike ``constant`` it reads no data."""
+    return value is not None and value.is_initializer() and not value.is_graph_input()
+
+
 def unmap(tensor: ir.TensorProtocol | None) -> None:
     """Closes the mapping of an external tensor, whose pages would stay in memory, unless somebody has a view of it."""
     if isinstance(tensor, ir.ExternalTensor):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..compiler.base import PassContext
-from ..compiler.graph import Array, attribute, constant, dims, is_op, producer, rank
+from ..compiler.graph import Array, attribute, constant, dims, is_fixed, is_op, producer, rank
 from ..runtime.calibrate import Observer, observe
 from .matching import next_node, operands
 
@@ -110,7 +110,7 @@ def linear_layer(node: ir.Node) -> LinearLayer | None:
     weight = node.inputs[1]
     dequantize = producer(weight, "DequantizeLinear")
     stored = dequantize.inputs[0] if dequantize is not None else weight
-    if weight is None or not _is_constant(stored) or _is_constant(node.inputs[0]):
+    if weight is None or not is_fixed(stored) or is_fixed(node.inputs[0]):
         return None
     shape = dims(stored)
     if shape is None or (len(shape) != 2) != is_op(node, "Conv"):
@@ -167,13 +167,9 @@ class _Several:
             member.update(array)
 
 
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and not value.is_graph_input()
-
-
 def _is_vector(value: ir.Value) -> bool:
     source = producer(value, "DequantizeLinear")
-    return _is_constant(source.inputs[0] if source is not None else value) and rank(value) == 1
+    return is_fixed(source.inputs[0] if source is not None else value) and rank(value) == 1
 
 
 def _patches(node: ir.Node, x: Array, shape: list[int | str | None], groups: int) -> Array:

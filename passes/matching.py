@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
+from ..compiler.base import Outcome
 from ..compiler.graph import MICROSOFT, Names, add_initializer, all_nodes, constant, is_op, only_consumer, rank
 from ..runtime.capabilities import ROWS
 
@@ -24,6 +25,18 @@ def deciding_rows(model: ir.Model) -> tuple[int, ...]:
     """The numbers of rows that decide between forms of a normalization: one for decoders, which run token by token."""
     decodes = any(is_op(node, "GroupQueryAttention", domain=MICROSOFT) for node in all_nodes(model))
     return ROWS[:1] if decodes else ROWS[1:]
+
+
+def until_nothing_fires(outcome: Outcome, sweep: Callable[[], None]) -> None:
+    """Repeats ``sweep`` as long as it counts rules in ``outcome``: one rewrite may make the next one possible.
+
+    The refusals that stay are those of the last sweep.
+    """
+    fired = -1
+    while fired != outcome.counts.total():
+        fired = outcome.counts.total()
+        outcome.refusals.clear()
+        sweep()
 
 
 def next_node(value: ir.Value) -> ir.Node | None:

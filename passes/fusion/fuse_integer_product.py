@@ -15,6 +15,7 @@ from ...compiler.graph import (
     attribute,
     constant,
     dims,
+    is_fixed,
     is_op,
     make_node,
     only_consumer,
@@ -72,7 +73,7 @@ class FuseIntegerProduct(Pass):
         graph = node.graph
         if left is None or right is None or not isinstance(graph, ir.Graph):
             return
-        if not _is_constant(right.inputs[0]):
+        if not is_fixed(right.inputs[0]):
             return  # a product of two activations: ONNX Runtime fuses it, and there is no bias
         problem = _problem(left, right, node)
         if problem:
@@ -98,10 +99,6 @@ class FuseIntegerProduct(Pass):
         )  # fmt: skip
         replace(last, [new], by=self.name, gone=[node] if last is not node else [])
         outcome.counts["product on integers" + (" with its bias" if bias is not None else "")] += 1
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and not value.is_graph_input()
 
 
 def _problem(left: ir.Node, right: ir.Node, node: ir.Node) -> str:

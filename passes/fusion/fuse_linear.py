@@ -27,7 +27,7 @@ from ...compiler.graph import (
     remove_dead,
     replace,
 )
-from ..matching import next_node, operands, other_operand
+from ..matching import next_node, operands, other_operand, until_nothing_fires
 
 _SCALE = "(x W + b) * c -> x (c W) + c b"
 _SMALLEST, _LARGEST = 1e-12, 1e12
@@ -55,11 +55,9 @@ class FuseLinear(Pass):
 
     def __call__(self, model: ir.Model, context: PassContext) -> Outcome:
         outcome = Outcome()
-        names, fused = Names(model), -1
-        while fused != outcome.counts.total():  # biases that were merged leave a factor with one to fold it into
-            fused = outcome.counts.total()
-            outcome.refusals.clear()
-            self._round(model, names, outcome)
+        names = Names(model)
+        # Biases that were merged leave a factor with one to fold it into.
+        until_nothing_fires(outcome, lambda: self._round(model, names, outcome))
         return outcome
 
     def _round(self, model: ir.Model, names: Names, outcome: Outcome) -> None:

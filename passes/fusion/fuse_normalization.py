@@ -28,7 +28,7 @@ from ...compiler.graph import (
     replace,
     scalar,
 )
-from ..matching import MORE_AXES, as_vector, grows_rank, next_node, other_operand
+from ..matching import MORE_AXES, as_vector, grows_rank, next_node, other_operand, until_nothing_fires
 from ..symbolic import SymbolicShapes
 
 _LAYER_OPSET, _RMS_OPSET = 17, 23
@@ -79,11 +79,8 @@ class FuseNormalization(Pass):
         ready = sum(is_op(node, "LayerNormalization", "RMSNormalization") for node in all_nodes(model))
         if ready:
             outcome.notes.append(f"{ready} normalizations were there already")
-        fused = -1
-        while fused != outcome.counts.total():  # what is fused may tell the shapes behind it
-            fused = outcome.counts.total()
-            outcome.refusals.clear()
-            self._round(model, context, outcome)
+        # What is fused may tell the shapes behind it.
+        until_nothing_fires(outcome, lambda: self._round(model, context, outcome))
         return outcome
 
     def _round(self, model: ir.Model, context: PassContext, outcome: Outcome) -> None:

@@ -17,6 +17,7 @@ from ...compiler.graph import (
     attribute,
     constant,
     dims,
+    is_fixed,
     is_op,
     make_node,
     only_consumer,
@@ -98,8 +99,7 @@ def _projections(attention: ir.Node) -> list[_Projection]:
         raise _Refused("only some of the three projections have a bias")
     for item in found:
         weight = item.product.inputs[1]
-        fixed = weight is not None and weight.is_initializer() and not weight.is_graph_input()
-        if not fixed or weight is None or weight.shape is None or len(weight.shape) != 2:
+        if weight is None or weight.shape is None or len(weight.shape) != 2 or not is_fixed(weight):
             raise _Refused(f"the weight of {item.product.name} is not a constant matrix")
         if len(weight.uses()) != 1:
             raise _Refused(f"the weight of {item.product.name} is also used elsewhere: merging would store it twice")

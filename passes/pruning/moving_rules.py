@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from ...compiler.graph import Array, attribute, constant, integers, is_op
+from ...compiler.graph import Array, attribute, constant, integers, is_fixed, is_op
 from ..symbolic import squeezed_axes
 from ..symbolic_dims import ONE, Dim, Dims, divide, multiply
 from .coupling import Coupling
-from .shape_operands import is_constant, only_shapes, size_origin, sliced, target_parts
+from .shape_operands import only_shapes, size_origin, sliced, target_parts
 from .units import Place
 
 
@@ -181,7 +181,7 @@ def _split(c: Coupling, node: ir.Node) -> None:
         else:
             c.link(elements[start : start + size], part)
         start += size
-    if len(node.inputs) > 1 and not is_constant(node.inputs[1]):
+    if len(node.inputs) > 1 and not is_fixed(node.inputs[1]):
         c.freeze(elements, f"Split {node.name} finds its sizes at run time")
 
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ...compiler.graph import attribute, dims, integers, is_op, producer
+from ...compiler.graph import attribute, dims, integers, is_fixed, is_op, producer
 
 _SHAPE_MOVES = ("Slice", "Gather", "Squeeze", "Unsqueeze", "Concat", "Cast", "Identity", "Reshape")
 _SHAPE_READERS = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
 
 
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer that nobody can override."""
-    return value is not None and value.is_initializer() and not value.is_graph_input()
-
-
 def target_parts(value: ir.Value | None) -> list[tuple[ir.Value, int]] | None:
     """A shape operand as the 1-D tensors it is joined of, each with its position; None if it cannot be rewritten."""
     node = producer(value)
-    if value is None or (node is None and not is_constant(value)):
+    if value is None or (node is None and not is_fixed(value)):
         return None
     parts: list[tuple[ir.Value, int]] = []
     position = 0
